@@ -1,0 +1,50 @@
+# Needs make and Python 3.11 or newer; everything else goes into .venv.
+#
+#   make demo    quantize the built-in model to 4 bits, draw with both, write a report        (about 10 minutes, installs aside)
+#   make test    ruff, then pytest                                                            (a few minutes)
+#
+# PYTHON=python3.12 chooses the interpreter; PIP_ARGS adds options to pip, for a mirror or a build of torch for your card.
+
+PYTHON   ?= python3
+PIP_ARGS ?=
+VENV     ?= .venv
+BIN      := $(VENV)/bin
+READY    := $(VENV)/.installed
+SHELL    := /bin/bash
+
+MODEL := builtin:cifar10-dit
+SMALL := demo/cifar10-dit-w4a8
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := test
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dite needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch alone first: where an index offers a build for CPUs, pip keeps it, and does not fetch gigabytes of CUDA for the sake of a dependency.
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[eval,dev]" -c constraints.txt
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/dite quantize $(MODEL) --recipe w4a8 -o $(SMALL) --overwrite
+	$(BIN)/dite generate $(SMALL) -n 10 --seed 0 --compare $(MODEL) -o demo/pictures --overwrite
+	$(BIN)/dite eval fidelity $(SMALL) --baseline $(MODEL) --n 32 -o demo/report --overwrite
+	@echo
+	@echo "Look at:"
+	@echo "  demo/pictures/compare.png   the same ten pictures at full precision, at 4 bits, and 8 times their difference"
+	@echo "  demo/report/report.html     what it cost, in numbers"
+
+# The status of pytest is kept for .ci/run: make itself turns every failure into 2.
+test: lint
+	@rm -f $(VENV)/.pytest-status
+	@$(BIN)/python -m pytest; status=$$?; echo $$status > $(VENV)/.pytest-status; exit $$status
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +

@@ -1,0 +1,157 @@
+"""dite as a diffusers quantizer: plain `from_pretrained` loads our folders, and `DiteConfig` quantizes while loading.
+
+    DiTPipeline.from_pretrained("dit-w4a8")                                                        after `import dite`
+    DiTTransformer2DModel.from_pretrained(path, quantization_config=dite.DiteConfig("w4a8"))
+    PipelineQuantizationConfig(quant_mapping={"transformer": dite.DiteConfig("w4a8")})
+
+Two traps of the loader are handled here: it casts every float tensor to `torch_dtype` (so scales are taken from the state dict instead), and on
+reload the file's configuration beats the caller's (so what runs the model, the backend, is chosen afterwards by `set_backend`).
+"""
+
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from pydantic import ValidationError
+from torch import nn
+
+from dite.checkpoint.format import FORMAT_VERSION
+from dite.errors import CheckpointError
+from dite.models.planning import make_plan
+from dite.quant.apply import insert_empty_layers_, quantize_linears_, quantized_layers
+from dite.quant.linear import QuantLinear
+from dite.quant.plan import QuantPlan, StoredPlan
+from dite.recipe import QuantRecipe, load_recipe
+
+
+class DiteMethod(str, Enum):  # noqa: UP042 - diffusers compares with plain strings
+    """diffusers reads `.value`."""
+
+    DITE = "dite"
+
+
+class DiteConfig(QuantizationConfigMixin):
+    """How a model is, or is to be, quantized; what `quantization_config` in its config.json holds.
+
+    Give `recipe` (name, file, dict or QuantRecipe) to quantize while loading. A saved model instead carries `layers`: the scheme of each layer.
+    """
+
+    def __init__(
+        self,
+        recipe: Any = None,
+        *,
+        layers: dict[str, Any] | None = None,
+        skipped: dict[str, str] | None = None,
+        defaults: dict | None = None,
+        calibration: dict | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = "dite",
+    ):
+        self.quant_method = DiteMethod.DITE
+        if format_version > FORMAT_VERSION:
+            raise CheckpointError("the model is from a newer dite", f"format {format_version}; this dite reads up to {FORMAT_VERSION}", "upgrade dite")
+        self.format_version = format_version
+        self.recipe = None if layers is not None else load_recipe("w4a8" if recipe is None else recipe)
+        try:
+            self.plan = StoredPlan(layers=layers or {}, skipped=skipped or {})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CheckpointError("quantization_config can't be read", f"{where}: {first['msg']}", "is config.json damaged?") from error
+        self.defaults = defaults
+        self.calibration = calibration
+
+    @classmethod
+    def of(cls, plan: QuantPlan, recipe: QuantRecipe) -> "DiteConfig":
+        """The configuration of a model that was just quantized."""
+        stored = StoredPlan.of(plan).model_dump(mode="json")
+        return cls(layers=stored["layers"], skipped=stored["skipped"], defaults=recipe.defaults.model_dump(mode="json"))
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {"quant_method": self.quant_method.value, "format_version": self.format_version}
+        if self.recipe is not None:
+            return values | {"recipe": self.recipe.model_dump(mode="json", exclude_unset=True)}
+        return values | {"defaults": self.defaults, **self.plan.model_dump(mode="json"), "calibration": self.calibration}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class DiteQuantizer(DiffusersQuantizer):
+    """Builds empty quantized layers before the weights arrive, or quantizes the model after they did."""
+
+    use_keep_in_fp32_modules = True
+
+    def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
+        module, _, tensor = param_name.rpartition(".")
+        return tensor != "bias" and isinstance(_submodule(model, module), QuantLinear)
+
+    def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, unexpected_keys=None, **kwargs) -> None:
+        module, _, tensor = param_name.rpartition(".")
+        setattr(model.get_submodule(module), tensor, state_dict[param_name].to(target_device, copy=True))
+
+    def check_quantized_param_shape(self, param_name, current_param, loaded_param) -> bool:
+        raise CheckpointError(
+            f"{param_name} has the wrong shape",
+            f"it is {tuple(loaded_param.shape)}; its scheme in config.json needs {tuple(current_param.shape)}",
+            "weights and config.json are from different models",
+        )
+
+    def _process_model_before_weight_loading(self, model, **kwargs) -> None:
+        if not self.pre_quantized:
+            return
+        for name in self.quantization_config.plan.layers:
+            if not isinstance(_submodule(model, name), nn.Linear):
+                raise CheckpointError(f"{name} is no linear of {type(model).__name__}", "quantization_config lists it", "was the folder made for another diffusers version?")
+        insert_empty_layers_(model, self.quantization_config.plan.layers)
+        model.register_to_config(quantization_config=self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model, **kwargs) -> None:
+        if not self.pre_quantized:
+            recipe = self.quantization_config.recipe
+            plan = make_plan(model, recipe, allow_marked=True)
+            quantize_linears_(model, plan)
+            self.quantization_config = DiteConfig.of(plan, recipe)
+            model.register_to_config(quantization_config=self.quantization_config)
+        check_layers(model)
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def mark_quantized_(model: nn.Module, plan: QuantPlan, recipe: QuantRecipe) -> None:
+    """Make a model that was quantized in memory look to diffusers like one it loaded: `save_pretrained` then works."""
+    if not hasattr(model, "register_to_config"):
+        return
+    config = DiteConfig.of(plan, recipe)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.hf_quantizer = DiteQuantizer(config, pre_quantized=True)
+    model.register_to_config(quantization_config=config)
+
+
+def check_layers(model: nn.Module) -> None:
+    """Raise CheckpointError unless every quantized layer is complete and sound: sizes, finite positive scales, nothing left on meta."""
+    for name, layer in quantized_layers(model).items():
+        if any(buffer.is_meta for buffer in layer.buffers()):
+            raise CheckpointError(f"layer {name} is incomplete", "the weights lack one of its tensors", "copy or download the folder again")
+        try:
+            layer.tensor.validate(layer.spec)
+        except ValueError as error:
+            raise CheckpointError(f"layer {name} is damaged", str(error), "copy or download the folder again") from error
+        if layer.bias is not None and not torch.isfinite(layer.bias).all():
+            raise CheckpointError(f"layer {name} is damaged", "its bias holds NaN or inf", "copy or download the folder again")
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None

@@ -1,0 +1,119 @@
+"""Save atomically: a temporary folder beside the output, everything synced, the manifest last, then one rename."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dite import __version__
+from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, file_digest
+from dite.errors import OutputExists, UsageError
+from dite.models.access import denoisers, unwrap
+from dite.recipe import QuantRecipe
+
+RECIPE = "recipe.yaml"
+
+
+def save(model: Any, folder: str | Path, *, overwrite: bool = False, recipe: QuantRecipe | None = None) -> Path:
+    """Write a pipeline or a bare model as a plain diffusers folder with a manifest; returns the folder.
+
+    The folder appears whole or not at all, also when the process dies. `id2label`, which diffusers' own saving drops, is kept, and paths of this
+    machine are not. `recipe` is stored beside the weights. Raises OutputExists unless `overwrite`.
+    """
+    model = unwrap(model)
+    denoisers(model)
+    folder = Path(folder).absolute()
+    check_output(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        _complete_configs(model, temporary)
+        if recipe is not None:
+            (temporary / RECIPE).write_text(recipe_yaml(recipe), encoding="utf-8")
+        _write_manifest(temporary)
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def check_output(folder: str | Path, overwrite: bool = False) -> None:
+    """Raise before any work is done: OutputExists when `folder` is there and may not be replaced, UsageError when it is not ours to replace."""
+    folder = Path(folder)
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise OutputExists(f"{folder} exists already", "nothing is overwritten unasked", "choose another -o, or add --overwrite")
+    if folder.is_symlink() or not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder", "only a folder can be replaced by a model", "choose another -o")
+    if any(folder.iterdir()) and not any((folder / name).is_file() for name in (MANIFEST, "model_index.json", "config.json")):
+        raise UsageError(f"{folder} holds something else than a model", "--overwrite replaces the whole folder, and there is no model in this one", "choose another -o")
+
+
+def recipe_yaml(recipe: QuantRecipe) -> str:
+    """A recipe as YAML that `load_recipe` reads back to the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _complete_configs(model: Any, folder: Path) -> None:
+    for path in (*folder.glob("*.json"), *folder.glob("*/config.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        changed = values.pop("_name_or_path", None) is not None
+        labels = getattr(model, "labels", None) if path.name == "model_index.json" else None
+        if labels and "id2label" not in values:
+            values["id2label"], changed = _id2label(labels), True
+        if changed:
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _id2label(labels: dict[str, int]) -> dict[str, str]:
+    """DiTPipeline keeps one entry a synonym; its own format joins the synonyms of an id by commas."""
+    names: dict[int, list[str]] = {}
+    for name, label in labels.items():
+        names.setdefault(int(label), []).append(name)
+    return {str(label): ", ".join(sorted(names[label])) for label in sorted(names)}
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[path.relative_to(folder).as_posix()] = FileEntry(size=path.stat().st_size, sha256=file_digest(path))
+        _sync(path)
+    manifest = Manifest(format_version=FORMAT_VERSION, dite_version=__version__, files=files)
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Move the finished folder into place; an old one is moved aside first and comes back if the second rename fails."""
+    aside = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
+    had_old = os.path.lexists(folder)
+    if had_old:
+        os.rename(folder, aside)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if had_old:
+            os.rename(aside, folder)
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""`dite eval fidelity | fid | compare`: image quality in numbers, with a report and a gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import dite
+from dite.cli import options
+from dite.cli.gate import Gate, check_gates, parse_gates
+from dite.cli.output import Answer, progress
+from dite.evaluation import FID_KEYS, FIDELITY_KEYS
+
+app = typer.Typer(help="Measure image quality: paired with the original (fidelity), or against a data set (fid).", no_args_is_help=True)
+
+Count = Annotated[int | None, typer.Option("--n", help="Samples; the protocol's number unless given.", min=1, show_default=False)]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; the protocol's unless given.", min=1, show_default=False)]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance", help="Scale of classifier-free guidance; the protocol's unless given.", min=0.0, show_default=False)
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run; the protocol's unless given.", min=0, show_default=False)]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write report.json, report.html and report.md there.", show_default=False)
+]
+FailIf = Annotated[list[str] | None, typer.Option("--fail-if", metavar="EXPR", help="Exit with code 4 if this holds, as 'psnr.mean<30'. Repeatable.")]
+
+
+@app.command()
+def fidelity(
+    model: options.Model,
+    baseline: Annotated[str, typer.Option("--baseline", metavar="BASE", help="The full-precision original: a folder, a hub id, or builtin:NAME.")],
+    n: Count = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = None,
+    output: Output = None,
+    fail_if: FailIf = None,
+    dtype: options.Precision = None,
+    device: options.Device = "cpu",
+    json: options.Json = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> Answer:
+    """Compare a model with its original on the same seeds: PSNR, SSIM, latent and per-step error."""
+    gates = parse_gates(fail_if, FIDELITY_KEYS)
+    changes = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "dtype": dtype and dtype.value}
+    with progress(no_progress) as tick:
+        metrics = dite.evaluate(model, "fidelity-128", baseline=baseline, output=output, progress=tick, device=device, **changes)
+    return _answer(metrics, gates)
+
+
+@app.command()
+def fid(
+    model: options.Model,
+    protocol: Annotated[str, typer.Option("--protocol", metavar="NAME|FILE", help="A protocol from `dite recipes --kind eval`, or a YAML file.")],
+    n: Count = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", metavar="B", help="Samples a shard on disk; changes no result.", min=1, show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Discard the samples of an interrupted run with other settings.")] = False,
+    output: Output = None,
+    fail_if: FailIf = None,
+    dtype: options.Precision = None,
+    device: options.Device = "cpu",
+    json: options.Json = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> Answer:
+    """Fréchet distance to a protocol's reference statistics, with its interval and its limit for N to infinity. Interrupted runs with -o go on."""
+    from dite_evals.protocols import load_protocol
+
+    gates = parse_gates(fail_if, FID_KEYS)
+    load_protocol(protocol, kind="fid")
+    changes = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "dtype": dtype and dtype.value}
+    with progress(no_progress) as tick:
+        metrics = dite.evaluate(model, protocol, output=output, progress=tick, device=device, batch_size=batch_size, force=force, **changes)
+    return _answer(metrics, gates)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A report.json, or the folder that holds it.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The other one.", show_default=False)],
+    json: options.Json = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> Answer:
+    """Two reports side by side. Refuses figures that may not be compared: other protocols, N or extractors."""
+    from dite_evals.compare import compare_reports
+
+    comparison = compare_reports(first, second)
+    lines = [f"{row['metric']:24} {row['a']:12.5g} {row['b']:12.5g} {row['difference']:+12.4g}" for row in comparison["rows"]]
+    return Answer(comparison, "\n".join([f"{'':24} {'A':>12} {'B':>12} {'B - A':>12}", *lines, comparison["verdict"]]).rstrip())
+
+
+def _answer(metrics: dict[str, Any], gates: list[Gate]) -> Answer:
+    from dite_evals.report import headline
+
+    rows = headline(metrics)
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:{width}}  {value}" for name, value in rows]
+    lines += [f"{'report':{width}}  {metrics['report']['html']}"] if "report" in metrics else []
+    return Answer(metrics, "\n".join(lines), check_gates(gates, metrics))

@@ -1,0 +1,31 @@
+"""The options that commands share, each spelled and explained once."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class DType(StrEnum):
+    """Precisions a model can be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or builtin:NAME.", show_default=False)]
+Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe from `dite recipes`, or a YAML file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, as defaults.token.weight.group_size=64. Repeatable.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
+Precision = Annotated[DType | None, typer.Option("--dtype", help="Load the model in this precision; as stored unless given.", show_default=False)]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image; the next ones count up from it.", min=0)]
+Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
+Guidance = Annotated[float, typer.Option("--guidance", help="Scale of classifier-free guidance; 1 switches it off.", min=0.0)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else goes to stderr.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Draw no progress bar (automatic off a terminal).")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error, and what the libraries say.")]

@@ -1,0 +1,78 @@
+"""`dite quantize`: a model, a recipe, a folder."""
+
+from rich.console import Group
+from rich.table import Table
+
+import dite
+from dite.cli import options
+from dite.cli.output import Answer, megabytes, note, progress
+from dite.recipe import load_recipe
+
+WORST = 5  # layers shown in the summary; --json has all
+
+
+def quantize(
+    model: options.Model,
+    output: options.Output,
+    recipe: options.Recipe = "w4a8",
+    set: options.Set = None,
+    dtype: options.Precision = None,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> Answer:
+    """Quantize a model into a folder that plain from_pretrained loads."""
+    chosen = load_recipe(recipe, set)
+    from dite.checkpoint.save import check_output  # after the recipe: a typing mistake is answered before torch is loaded
+
+    if not dry_run:
+        check_output(output, overwrite)
+    from dite.models.load import load_pipeline
+
+    pipe = load_pipeline(model, dtype=dtype and dtype.value)
+    if dry_run:
+        from dite.ptq.quantize import plan
+
+        return _planned(plan(pipe, chosen), output)
+    with progress(no_progress) as tick:
+        report = dite.quantize(pipe, chosen, progress=tick)
+    note(f"writing {output}")
+    dite.save(pipe, output, overwrite=overwrite, recipe=chosen)
+    document = {"output": str(output)} | report.to_dict()
+    return Answer(document, _summary(document, model))
+
+
+def _planned(plan, output) -> Answer:
+    layers = [
+        {"name": layer.name, "kind": layer.kind, "in_features": layer.in_features, "out_features": layer.out_features, "scheme": layer.scheme.model_dump(mode="json")}
+        for layer in plan.layers
+    ]
+    table = Table("layer", "kind", "in", "out", "weight", "activation", box=None, padding=(0, 2, 0, 0))
+    for layer in layers:
+        weight, activation = layer["scheme"]["weight"], layer["scheme"]["activation"]
+        groups = f"groups of {weight['group_size']}" if weight["group_size"] else "per channel"
+        per = f"{activation['num_bits']} bits a {activation['granularity']}" if activation else "as it is"
+        table.add_row(layer["name"], layer["kind"], str(layer["in_features"]), str(layer["out_features"]), f"{weight['num_bits']} bits, {groups}", per)
+    skipped = [f"skipped {name}: {reason}" for name, reason in plan.skipped.items()]
+    total = f"{len(layers)} layers, about {megabytes(plan.estimated_bytes)}; nothing was written to {output}"
+    document = {"dry_run": True, "output": str(output), "layers": layers, "skipped": plan.skipped, "estimated_bytes": plan.estimated_bytes}
+    return Answer(document, Group(table, *skipped, total))
+
+
+def _summary(document: dict, model: str) -> Group:
+    """From how much to how much, where it hurts most, and what to do next."""
+    before, after, output = document["baseline_bytes"], document["bytes"], document["output"]
+    ratio = f"{before / after:.2f} times smaller" if after < before else "no smaller, since what was not quantized kept its precision: try --dtype bfloat16"
+    size = f"{megabytes(before)} in bf16 → {megabytes(after)}: {ratio}"
+    cost = f"{document['seconds']:.1f} s, peak memory {megabytes(document['peak_memory_bytes'])}, {len(document['layers'])} layers, {len(document['skipped'])} left alone"
+    measured = [layer for layer in document["layers"] if layer.get("error") is not None]
+    worst = Table("largest errors", "bits", "relative error", box=None, padding=(0, 2, 0, 0))
+    for layer in sorted(measured, key=lambda layer: -layer["error"])[:WORST]:
+        worst.add_row(layer["name"], f"w{layer['weight_bits']}a{layer['activation_bits'] or 16}", f"{layer['error']:.4f}")
+    steps = [
+        f"next:  dite generate {output} -n 10 --compare {model} -o {output}-pictures",
+        f"       dite eval fidelity {output} --baseline {model} --n 32",
+    ]
+    return Group(f"[bold]{output}[/bold]  {size}", cost, "", *([worst, ""] if measured else []), *steps)

@@ -1,0 +1,90 @@
+"""Every error that dite raises on purpose.
+
+    DiteError                   1   500   anything below; catch this one
+    ├── UsageError              2   400   an argument, a flag or a file name is wrong
+    │   ├── RecipeError         2   400   a recipe can't be read, or a key or a value in it is wrong
+    │   └── OutputExists        2   409   the output is already there
+    ├── UnsupportedModel        3   400   the model can't do what was asked of it
+    ├── UnsupportedEnvironment  3   501   this machine or this installation can't
+    ├── QuantizationError       1   500   a layer's numbers can't be quantized
+    ├── CheckpointError         1   500   a folder is damaged, incomplete or hostile
+    ├── QualityGateFailed       4   422   a --fail-if condition holds
+    └── ResumeConflict          5   409   an interrupted run was started with other settings
+
+The numbers are the command line's exit code and the server's HTTP status. An error says three things: what went wrong, why (the rule, with
+the numbers), and what to try.
+"""
+
+
+class DiteError(Exception):
+    """`what` happened, `why` (the rule with the numbers), and a `hint`: what to try."""
+
+    exit_code = 1
+    http_status = 500
+
+    def __init__(self, what: str, why: str = "", hint: str = ""):
+        super().__init__("\n".join(part for part in (what, why, hint) if part))
+        self.what = what
+        self.why = why
+        self.hint = hint
+
+    def to_dict(self) -> dict[str, str]:
+        """The `error` object of `--json`."""
+        return {"type": type(self).__name__, "what": self.what, "why": self.why, "try": self.hint}
+
+
+class UsageError(DiteError):
+    """An argument, a flag or a file name is wrong."""
+
+    exit_code = 2
+    http_status = 400
+
+
+class RecipeError(UsageError):
+    """A recipe can't be read, or a key or a value in it is wrong."""
+
+
+class OutputExists(UsageError):
+    """The output is already there."""
+
+    http_status = 409
+
+
+class UnsupportedModel(DiteError):
+    """The model can't do what was asked of it: `UnsupportedModel(reason, hint)`."""
+
+    exit_code = 3
+    http_status = 400
+
+    def __init__(self, reason: str, hint: str = "", what: str = "this model is not supported here"):
+        super().__init__(what, reason, hint)
+        self.reason = reason
+
+
+class UnsupportedEnvironment(DiteError):
+    """This machine or this installation can't."""
+
+    exit_code = 3
+    http_status = 501
+
+
+class QuantizationError(DiteError):
+    """A layer's numbers can't be quantized."""
+
+
+class CheckpointError(DiteError):
+    """A folder is damaged, incomplete or hostile."""
+
+
+class QualityGateFailed(DiteError):
+    """A `--fail-if` condition holds."""
+
+    exit_code = 4
+    http_status = 422
+
+
+class ResumeConflict(DiteError):
+    """An interrupted run was started with other settings."""
+
+    exit_code = 5
+    http_status = 409

@@ -1,0 +1,286 @@
+"""`dite.evaluate`: image quality of a model, as a protocol says. The metrics live in `dite_evals`, reached when first used."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dite.errors import UsageError
+
+if TYPE_CHECKING:
+    from dite_evals.protocols import FidelityProtocol, FidProtocol
+
+Tick = Callable[[str, int, int], None]
+FIDELITY_KEYS = ("n", "psnr.mean", "psnr.p05", "psnr.interval.0", "psnr.interval.1", "ssim", "latent_relative_error", "per_step_error.N", "seconds")
+FID_KEYS = ("fid", "n", "interval.0", "interval.1", "fid_infinity", "seconds")
+
+
+def evaluate(
+    model: Any,
+    protocol: str | Path | dict[str, Any] = "fidelity-128",
+    *,
+    baseline: Any = None,
+    n: int | None = None,
+    seed: int | None = None,
+    output: str | Path | None = None,
+    progress: Tick | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Measure `model`, a pipeline or a source (folder, hub id, `builtin:NAME`), and return the metrics.
+
+    A fidelity protocol needs `baseline`, the full-precision original, and returns `n, psnr: {mean, p05, interval}, ssim,
+    latent_relative_error, per_step_error, seconds`. A FID protocol returns `fid, n, interval, fid_infinity, extractor, protocol, seconds`.
+    `overrides`: `steps, guidance, dtype, micro_batch` change the protocol, and the result lists them under `overrides`; `device` says where
+    sources are loaded; for FID, `batch_size` is how many samples a shard holds (it changes no result), and `force` discards the
+    shards of a run with other settings.
+
+    `output` receives `report.json`, `report.html` and `report.md`; FID also writes its images beside it (`OUTPUT.samples`), and an
+    interrupted run goes on from there. `progress(stage, done, total)`.
+
+    Raises UsageError, RecipeError, UnsupportedModel, UnsupportedEnvironment (no torchmetrics), ResumeConflict.
+    """
+    from dite_evals.protocols import FidelityProtocol, load_protocol
+
+    run = {key: overrides.pop(key) for key in ("device", "batch_size", "force", "command") if key in overrides}
+    settings, changed = load_protocol(protocol, n=n, seed=seed, **overrides)
+    job = _Job(model, settings, changed, Path(output) if output is not None else None, progress or _silent, **run)
+    if isinstance(settings, FidelityProtocol):
+        return _fidelity(job, settings, baseline)
+    if baseline is not None:
+        raise UsageError(
+            "a FID protocol takes no baseline",
+            f"{settings.name} compares with reference statistics",
+            "use a fidelity protocol, or leave baseline out",
+        )
+    return _fid(job, settings)
+
+
+@dataclass
+class _Job:
+    """What both kinds of evaluation need to know, checked before anything is loaded."""
+
+    model: Any
+    settings: Any
+    changed: dict[str, Any]
+    output: Path | None
+    progress: Tick
+    device: str = "cpu"
+    batch_size: int | None = None
+    force: bool = False
+    command: list[str] | None = None
+    start: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self):
+        from dite_evals.backend import torchmetrics
+        from dite_evals.report import check_output
+
+        torchmetrics("functional.image")
+        if self.output is not None:
+            check_output(self.output)
+
+    def load(self, source: Any) -> Any:
+        """The diffusers pipeline of a source or a pipeline; a pipeline must already have the protocol's dtype."""
+        from dite.models.load import load_pipeline
+        from dite.sampling import unwrap
+
+        if isinstance(source, str | Path):
+            return unwrap(load_pipeline(str(source), dtype=self.settings.dtype, device=self.device))
+        pipe = unwrap(source)
+        wanted, found = self.settings.dtype, dtype_name(pipe)
+        if wanted is not None and wanted != found:
+            raise UsageError(
+                f"protocol {self.settings.name} runs in {wanted}",
+                f"the pipeline is in {found}",
+                f"pass dtype={found!r} to change the protocol, or load it in {wanted}",
+            )
+        return pipe
+
+    def finish(self, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+        """Add what every answer says, and write the report."""
+        from dite_evals.report import Report, write_report
+
+        metrics |= {"protocol": self.settings.name, "overrides": self.changed, "seconds": time.perf_counter() - self.start}
+        if self.output is None:
+            return metrics
+        paths = write_report(Report(metrics=metrics, command=_command() if self.command is None else self.command, **report), self.output)
+        return metrics | {"report": paths}
+
+
+def _fidelity(job: _Job, settings: FidelityProtocol, baseline: Any) -> dict[str, Any]:
+    from dite_evals.fidelity import PairedFidelity
+
+    if baseline is None:
+        raise UsageError(
+            "fidelity needs something to compare with",
+            "no baseline was given",
+            "give the full-precision original, as in baseline='builtin:cifar10-dit'",
+        )
+    original, quantized = job.load(baseline), job.load(job.model)
+    pairs = PairedFidelity()
+    sides = [_samples(pipe, settings, job.progress, stage, trajectory=True) for pipe, stage in ((quantized, "model"), (original, "baseline"))]
+    for ours, theirs in zip(*sides, strict=True):
+        pairs.add(ours, theirs)
+    return job.finish(
+        pairs.metrics(),
+        {
+            "kind": "fidelity",
+            "title": f"{source_name(job.model)} against {source_name(baseline)}",
+            "configuration": _configuration(job, quantized) | {"baseline": source_name(baseline), "baseline_dtype": dtype_name(original)},
+            "samples": pairs.rows(),
+            "class_names": _names(quantized),
+            "images": _stack(pairs.images),
+            "baseline_images": _stack(pairs.baseline_images),
+        },
+    )
+
+
+def _fid(job: _Job, settings: FidProtocol) -> dict[str, Any]:
+    from dite.models.load import resolve
+    from dite_evals.extractors import load_classifier
+    from dite_evals.fid import check_count, compute_fid
+    from dite_evals.statistics import read_statistics
+
+    check_count(settings.n)
+    extractor = load_classifier(resolve(settings.extractor))
+    path = Path(settings.statistics)
+    statistics = read_statistics(path if path.is_file() else Path(resolve(settings.statistics)) / "statistics.safetensors")
+    statistics.require(extractor)
+    pipe = job.load(job.model)
+    images = _fid_images(job, settings, pipe)
+    job.progress("features", 0, 1)
+    features = extractor.extract(images, pipe.device)
+    result = compute_fid(features, extractor, statistics)
+    job.progress("features", 1, 1)
+    metrics = {"fid": result.fid, "n": result.n, "interval": list(result.interval), "fid_infinity": result.fid_infinity, "extractor": extractor.id}
+    reference = {"reference": statistics.data_name, "reference_n": statistics.moments.n, "reference_sha256": statistics.data_sha256}
+    return job.finish(
+        metrics,
+        {
+            "kind": "fid",
+            "title": f"FID of {source_name(job.model)}, {settings.name}",
+            "configuration": _configuration(job, pipe) | reference,
+            "curve": result.curve,
+            "class_names": _names(pipe),
+            "images": images,
+        },
+    )
+
+
+def _fid_images(job: _Job, settings: FidProtocol, pipe: Any) -> Any:
+    """Images uint8 [N, 3, H, W]: those already on disk, then the others, sampled in whole micro-batches and stored shard by shard."""
+    import torch
+
+    from dite_evals.shards import ShardStore
+
+    store = None
+    batches: list[torch.Tensor] = []
+    if job.output is not None:
+        store = ShardStore(job.output.with_name(job.output.name + ".samples"), _resume_key(job, pipe), job.force)
+        found = store.read(settings.n)
+        if found is not None:
+            whole = len(found) if len(found) == settings.n else len(found) // settings.micro_batch * settings.micro_batch
+            batches.append(found[:whole])
+    start = sum(len(batch) for batch in batches)
+    shard = max(1, (job.batch_size or settings.micro_batch) // settings.micro_batch) * settings.micro_batch
+    pending: list[torch.Tensor] = []
+    for one in _samples(pipe, settings, job.progress, "sampling", start=start):
+        pending.append(one.image)
+        if len(pending) == shard or one.index + 1 == settings.n:
+            batches.append(torch.stack(pending))
+            if store is not None:
+                store.write(one.index + 1 - len(pending), batches[-1])
+            pending = []
+    return torch.cat(batches)
+
+
+def _samples(pipe: Any, settings: Any, progress: Tick, stage: str, *, start: int = 0, trajectory: bool = False):
+    """Samples start..n−1 of a protocol; `start` is a multiple of the micro-batch, so that every sample keeps its row."""
+    from dite.sampling import SampleSettings, class_ids, sample, sample_seed, takes_classes
+    from dite_evals.protocols import balanced
+
+    conditions = balanced(class_ids(pipe) if takes_classes(pipe) else settings.prompts, settings.n)[start:]
+    seeds = [sample_seed(settings.seed, index) for index in range(start, settings.n)]
+    before, total = start // settings.micro_batch * settings.steps, -(-settings.n // settings.micro_batch) * settings.steps
+    how = SampleSettings(settings.steps, settings.guidance, settings.micro_batch)
+    for one in sample(pipe, conditions, seeds, how, progress=lambda done, _: progress(stage, before + done, total), trajectory=trajectory):
+        yield replace(one, index=start + one.index)
+
+
+def _resume_key(job: _Job, pipe: Any) -> dict[str, Any]:
+    """Everything that an image depends on, N excepted: a longer run goes on from a shorter one."""
+    import torch
+
+    settings = job.settings.model_dump(include={"steps", "guidance", "seed", "micro_batch", "prompts"})
+    return settings | {"dtype": dtype_name(pipe), "device": pipe.device.type, "threads": torch.get_num_threads(), "model": model_digest(pipe)}
+
+
+def model_digest(pipe: Any) -> str:
+    """SHA-256 over every weight, and every component's configuration, of a pipeline: where it was loaded from doesn't matter."""
+    import hashlib
+    import json
+
+    import torch
+
+    digest = hashlib.sha256(type(pipe).__name__.encode())
+    for name, part in sorted(pipe.components.items()):
+        config = (
+            {key: value for key, value in dict(getattr(part, "config", None) or {}).items() if key != "_name_or_path"} if part is not None else None
+        )
+        digest.update(f"{name} {type(part).__name__} {json.dumps(config, sort_keys=True, default=_as_json)}".encode())
+        if isinstance(part, torch.nn.Module):
+            for key, value in sorted(part.state_dict().items()):
+                digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _configuration(job: _Job, pipe: Any) -> dict[str, Any]:
+    protocol = job.settings.model_dump(exclude={"description", "kind", "name", "dtype"} | (set() if job.settings.prompts else {"prompts"}))
+    facts = {
+        "model": source_name(job.model),
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": dtype_name(pipe),
+        "device": str(pipe.device),
+    }
+    return facts | {"protocol": job.settings.name, "overrides": job.changed} | protocol
+
+
+def source_name(source: Any) -> str:
+    """How a report calls a model: the source as given, or the class of a pipeline."""
+    return str(source) if isinstance(source, str | Path) else f"a {type(source).__name__} in memory"
+
+
+def dtype_name(pipe: Any) -> str:
+    """`float32` and the like: the dtype that the denoiser computes in."""
+    return str(pipe.transformer.dtype).removeprefix("torch.")
+
+
+def _names(pipe: Any) -> dict[int, str]:
+    from dite.sampling import class_names
+
+    return class_names(pipe)
+
+
+def _as_json(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else str(value)
+
+
+def _stack(images: list) -> Any:
+    import torch
+
+    return torch.stack(images)
+
+
+def _command() -> list[str]:
+    """The command line that runs us, or nothing when we are called from Python."""
+    program = Path(sys.argv[0]).name if sys.argv else ""
+    return [program, *sys.argv[1:]] if program == "dite" else []
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    pass

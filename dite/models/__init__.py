@@ -1,0 +1,1 @@
+"""What dite knows of models: finding blocks and linears, loading, and the built-in ones."""

@@ -1,0 +1,37 @@
+"""From what a user holds (our wrapper, a diffusers pipeline, a bare model) to the denoisers inside."""
+
+from typing import Any
+
+from torch import nn
+
+from dite.errors import UnsupportedModel
+
+COMPONENTS = ("transformer", "transformer_2")
+
+
+def unwrap(model: Any) -> Any:
+    """The diffusers pipeline inside a `dite.Pipeline`; anything else as it is."""
+    from dite.pipeline import Pipeline
+
+    return model.pipe if isinstance(model, Pipeline) else model
+
+
+def denoisers(model: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by component name, or {"": model} for a bare model. Raises UnsupportedModel when there is none."""
+    model = unwrap(model)
+    if isinstance(model, nn.Module):
+        return {"": model}
+    if not hasattr(model, "components"):
+        raise UnsupportedModel(f"a {type(model).__name__} is neither a diffusers pipeline nor a torch module", "pass a DiffusionPipeline or its transformer")
+    found = {name: getattr(model, name) for name in COMPONENTS if isinstance(getattr(model, name, None), nn.Module)}
+    if not found:
+        parts = ", ".join(name for name, part in model.components.items() if isinstance(part, nn.Module)) or "no modules"
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no transformer; it holds {parts}", "dite works on diffusion transformers; UNet pipelines are not supported"
+        )
+    return found
+
+
+def the_denoiser(model: Any) -> nn.Module:
+    """The first (usually the only) denoiser."""
+    return next(iter(denoisers(model).values()))

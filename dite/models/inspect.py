@@ -1,0 +1,126 @@
+"""The `inspect` verb: what dite sees in a model, what it can do with it and, if not, why; sizes and times in advance."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dite.errors import DiteError
+from dite.models.access import the_denoiser
+from dite.models.discovery import Discovery, discover
+from dite.models.families import example_inputs
+from dite.models.planning import baseline_bytes, make_plan
+from dite.quant.apply import quantized_layers
+from dite.quant.linear import QuantLinear, select_backend
+from dite.quant.plan import QuantPlan
+from dite.recipe import load_recipe, recipe_names
+
+NOT_YET = "not in this version of dite"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found. `sizes`: bytes on disk by recipe (`bf16` is the baseline); `basis`: how token and conditioning linears were told apart."""
+
+    model_class: str
+    parameters: int
+    discovery: Discovery | None
+    supports: dict[str, dict[str, Any]]
+    sizes: dict[str, int]
+    quantize_seconds: float | None
+    quantized: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of `dite inspect --json`."""
+        found = self.discovery
+        return {
+            "model_class": self.model_class,
+            "parameters": self.parameters,
+            "blocks": [{"path": block.path, "class": block.class_name, "count": block.count} for block in (found.blocks if found else [])],
+            "linears": [vars(linear) for linear in (found.linears if found else [])],
+            "basis": found.basis if found else None,
+            "supports": self.supports,
+            "sizes": self.sizes,
+            "estimated_seconds": {"quantize": self.quantize_seconds},
+            "quantized": self.quantized,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_class}: {self.parameters / 1e6:.1f} M parameters"]
+        if self.discovery:
+            lines += [f"  {block.count} × {block.class_name} in {block.path}" for block in self.discovery.blocks]
+            kinds = Counter(linear.kind for linear in self.discovery.linears)
+            lines.append(f"  {kinds['token']} token linears, {kinds['conditioning']} conditioning linears (by {self.discovery.basis})")
+        if self.quantized:
+            lines.append(f"  quantized: {self.quantized['layers']}")
+        lines += [f"  {name:<8}{size / 1e6:10.1f} MB" for name, size in self.sizes.items()]
+        if self.quantize_seconds is not None:
+            lines.append(f"  quantizing takes about {self.quantize_seconds:.1f} s")
+        return "\n".join(lines + [f"  {verb:<12}{'yes' if answer['ok'] else 'no: ' + answer['reason']}" for verb, answer in self.supports.items()])
+
+
+def inspect(model: Any) -> Inspection:
+    """Look at a pipeline or a bare model without changing it. Raises UnsupportedModel only when there is no transformer at all."""
+    transformer = the_denoiser(model)
+    quantized = stats(model) if quantized_layers(transformer) else None
+    discovery, plans, reason = None, {}, None
+    try:
+        discovery = discover(transformer, example_inputs(transformer))
+        plans = {name: make_plan(transformer, load_recipe(name), discovery) for name in recipe_names()}
+    except DiteError as error:
+        reason = error.why or error.what
+    sizes = {"bf16": baseline_bytes(transformer)} | {name: plan.estimated_bytes for name, plan in plans.items()} if plans else {}
+    return Inspection(
+        model_class=type(transformer).__name__,
+        parameters=_parameters(transformer),
+        discovery=discovery,
+        supports=_supports(model, reason),
+        sizes=sizes,
+        quantize_seconds=_seconds(transformer, next(iter(plans.values()))) if plans else None,
+        quantized=quantized,
+    )
+
+
+def stats(model: Any) -> dict[str, Any]:
+    """Bytes of the transformer's weights, how many layers have which widths, and which backend runs them."""
+    transformer = the_denoiser(model)
+    layers = quantized_layers(transformer)
+    widths = Counter(_width(layer) for layer in layers.values())
+    backends = Counter(select_backend(layer.spec, layer.qdata.device, layer.backend).name for layer in layers.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in transformer.state_dict().values())
+    return {"bytes": size, "layers": dict(widths), "backends": dict(backends)}
+
+
+def _supports(model: Any, refusal: str | None) -> dict[str, dict[str, Any]]:
+    whole = hasattr(model, "components") or hasattr(model, "pipe")
+    pipeline = {"ok": whole, "reason": None if whole else "a bare model has no sampler; pass a pipeline"}
+    return {
+        "quantize": {"ok": refusal is None, "reason": refusal},
+        "save": {"ok": True, "reason": None},
+        "generate": pipeline,
+        "evaluate": pipeline,
+        "parallelize": {"ok": False, "reason": NOT_YET},
+        "serve": {"ok": False, "reason": NOT_YET},
+    }
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    own = sum(parameter.numel() for parameter in model.parameters())
+    return own + sum(layer.in_features * layer.out_features + (layer.out_features if layer.bias is not None else 0) for layer in quantized_layers(model).values())
+
+
+@torch.no_grad()
+def _seconds(model: torch.nn.Module, plan: QuantPlan) -> float:
+    """Time one layer of the commonest shape and scale it to all planned weights."""
+    layer = max(plan.layers, key=lambda layer: (layer.in_features * layer.out_features <= 2**22, layer.in_features * layer.out_features))
+    started = time.perf_counter()
+    QuantLinear.from_linear(model.get_submodule(layer.name), layer.scheme, layer.name)
+    elapsed = time.perf_counter() - started
+    return elapsed * sum(other.in_features * other.out_features for other in plan.layers) / (layer.in_features * layer.out_features)
+
+
+def _width(layer: QuantLinear) -> str:
+    weight, activation = layer.scheme.weight, layer.scheme.activation
+    return f"W{weight.num_bits}{f'A{activation.num_bits}' if activation else ''} g{weight.group_size or 'all'}"

@@ -1,0 +1,96 @@
+"""From what a user types (a folder, a hub id, `builtin:NAME`) to a model in memory."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dite.checkpoint.format import MANIFEST, read_header
+from dite.errors import CheckpointError, UsageError
+from dite.models.builtin import builtin_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_pipeline(source: str | Path, *, dtype: str | torch.dtype | None = None, device: str = "cpu") -> Any:
+    """A diffusers pipeline, or a bare model for a model folder, on `device`.
+
+    `dtype` None keeps each transformer's stored dtype (diffusers alone would make everything fp32). A folder with a dite manifest is verified
+    first. Raises UsageError when there is no such folder, CheckpointError when it can't be loaded.
+    """
+    from dite.checkpoint.load import load
+
+    folder = resolve(source)
+    wanted = parse_dtype(dtype)
+    if isinstance(folder, Path):
+        wanted = wanted or stored_dtype(folder)
+        if (folder / MANIFEST).exists():
+            return load(folder, device=device, dtype=wanted)
+    return from_pretrained(folder, wanted).to(device)
+
+
+def resolve(source: str | Path) -> Path | str:
+    """A folder for `builtin:NAME` and for existing paths, the text itself for a hub id. Raises UsageError otherwise."""
+    text = str(source)
+    if text.startswith("builtin:"):
+        return builtin_folder(text.removeprefix("builtin:"))
+    path = Path(source)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("model_index.json", "config.json")):
+            raise UsageError(f"{text} holds no model", "a model folder has model_index.json (a pipeline) or config.json (a model)", "check the path")
+        return path
+    if path.is_file():
+        raise UsageError(f"{text} is a file", "single-file checkpoints are not supported; a model is a diffusers folder", "convert it with diffusers' from_single_file and save_pretrained")
+    if HUB_ID.fullmatch(text) and not path.parent.is_dir():
+        return text
+    raise UsageError(f"no model at {text}", "it is neither a folder, nor a hub id of the form owner/name, nor builtin:NAME", "check the path, or try builtin:cifar10-dit")
+
+
+def from_pretrained(source: Path | str, dtype: torch.dtype | None = None) -> Any:
+    """diffusers' own loading of a pipeline folder, a model folder, or a hub id, with our errors."""
+    import diffusers
+
+    try:
+        if isinstance(source, Path) and not (source / "model_index.json").is_file():
+            return _model_class(source).from_pretrained(source, torch_dtype=dtype)
+        return diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"can't load {source}", reason, "is the folder complete, and made by diffusers' save_pretrained or dite.save?") from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype that holds most of the transformer's floats on disk; None when it can't be told."""
+    root = next((folder / name for name in ("transformer", ".") if list((folder / name).glob("*.safetensors"))), None)
+    if root is None:
+        return None
+    counts: dict[torch.dtype, int] = {}
+    for file in root.glob("*.safetensors"):
+        for name, entry in read_header(file).items():
+            dtype = STORED_DTYPES.get(entry.get("dtype"))
+            if dtype and not name.endswith(".scale"):
+                counts[dtype] = counts.get(dtype, 0) + entry["data_offsets"][1] - entry["data_offsets"][0]
+    return max(counts, key=counts.get, default=None)
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """`bfloat16` and the like, or a torch dtype."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype}", f"known: {', '.join(DTYPES)}", "for example --dtype bfloat16")
+    return DTYPES[dtype]
+
+
+def _model_class(folder: Path) -> type:
+    import diffusers
+
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", "")
+    cls = getattr(diffusers, name, None) if name else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise CheckpointError(f"{folder} holds no diffusers model", f"config.json names the class {name or '(none)'!s}", "dite loads models of the installed diffusers")
+    return cls

@@ -1,0 +1,55 @@
+"""Recipe + model → plan."""
+
+import torch
+from torch import nn
+
+from dite.errors import UnsupportedModel, UsageError
+from dite.models.discovery import Discovery, discover
+from dite.models.families import example_inputs
+from dite.quant.apply import quantized_layers
+from dite.quant.plan import LayerPlan, QuantPlan
+from dite.recipe import QuantRecipe
+
+
+def make_plan(model: nn.Module, recipe: QuantRecipe, discovery: Discovery | None = None, *, allow_marked: bool = False) -> QuantPlan:
+    """What `recipe` does to each linear of `model`.
+
+    Raises UsageError when the model is quantized already, UnsupportedModel when nothing is left to quantize.
+    """
+    refuse_quantized(model, allow_marked)
+    discovery = discovery or discover(model, example_inputs(model))
+    layers, skipped = [], dict(discovery.outside)
+    for linear in discovery.linears:
+        scheme = recipe.scheme(linear.name, linear.kind)
+        if isinstance(scheme, str):
+            skipped[linear.name] = scheme
+        else:
+            layers.append(LayerPlan(linear.name, linear.kind, linear.in_features, linear.out_features, scheme))
+    if not layers:
+        raise UnsupportedModel(f"recipe {recipe.name} leaves all {len(skipped)} linears alone", "give at least one kind of linear a weight scheme")
+    planned = sum(layer.in_features * layer.out_features for layer in layers)
+    return QuantPlan(layers, skipped, baseline_bytes(model) - 2 * planned)
+
+
+def baseline_bytes(model: nn.Module) -> int:
+    """What the model's weights take on disk in bf16."""
+    return 2 * sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """What the model's weights take on disk, floats that aren't scales counted in bf16."""
+    return sum(
+        tensor.numel() * (2 if tensor.dtype in (torch.float32, torch.float64) and not name.endswith(".scale") else tensor.element_size())
+        for name, tensor in model.state_dict().items()
+    )
+
+
+def refuse_quantized(model: nn.Module, allow_marked: bool = False) -> None:
+    """Raise UsageError for a model that some quantizer, ours or another, has been at.
+
+    `allow_marked`: diffusers marks a model as quantized before a quantizer that works while loading has begun.
+    """
+    ours = quantized_layers(model)
+    if ours or (getattr(model, "is_quantized", False) and not allow_marked):
+        by = "dite" if ours else str(getattr(getattr(model, "quantization_method", None), "value", "another quantizer"))
+        raise UsageError(f"this {type(model).__name__} is quantized already (by {by})", "rounding codes again only adds error", "start from the full-precision model")

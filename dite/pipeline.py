@@ -1,0 +1,76 @@
+"""`dite.Pipeline`: any diffusers pipeline, with dite's verbs as methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class Pipeline:
+    """Holds a diffusers pipeline in `.pipe`, is called like it, and delegates every other attribute to it.
+
+        pipe = dite.Pipeline.from_pretrained("facebook/DiT-XL-2-256", quantize="w4a8")
+        images = pipe(class_labels=[207]).images
+        pipe.save("dit-w4a8")
+    """
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        self._report = None
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, quantize: Any = None, backend: str = "auto", dtype: str | None = None, device: str = "cpu"
+    ) -> Pipeline:
+        """Load a folder, a hub id or `builtin:NAME`; `quantize` is a recipe (name, path, dict), `backend` names what runs quantized linears."""
+        from dite.models.load import load_pipeline
+
+        wrapper = cls(load_pipeline(source, dtype=dtype, device=device))
+        if quantize is not None:
+            wrapper.quantize(quantize)
+        return wrapper.set_backend(backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pipe(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pipe":  # before __init__ has run, as in copying
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    def __repr__(self) -> str:
+        return f"dite.Pipeline({type(self.pipe).__name__})"
+
+    def quantize(self, recipe: Any = "w4a8", **options: Any) -> Any:
+        """`dite.quantize` on this pipeline; returns its report."""
+        from dite.ptq.quantize import quantize
+
+        self._report = quantize(self.pipe, recipe, **options)
+        return self._report
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """`dite.save` of this pipeline."""
+        from dite.checkpoint.save import save
+
+        return save(self.pipe, folder, overwrite=overwrite)
+
+    def inspect(self) -> Any:
+        """`dite.inspect` of this pipeline."""
+        from dite.models.inspect import inspect
+
+        return inspect(self.pipe)
+
+    def set_backend(self, name: str) -> Pipeline:
+        """Choose what runs the quantized linears (`auto`, or a name from `dite doctor`)."""
+        from dite.models.access import denoisers
+        from dite.quant.linear import set_backend
+
+        for model in denoisers(self.pipe).values():
+            set_backend(model, name)
+        return self
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes of the transformer, quantized layers by bits, and the backend of each kind of layer."""
+        from dite.models.inspect import stats
+
+        return stats(self.pipe)

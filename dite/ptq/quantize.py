@@ -1,0 +1,102 @@
+"""The `quantize` verb: recipe in, quantized model in place, report out."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dite.checkpoint.diffusers_quantizer import mark_quantized_
+from dite.models.access import denoisers
+from dite.models.discovery import discover
+from dite.models.planning import baseline_bytes, make_plan
+from dite.quant.apply import Progress, quantize_linears_
+from dite.quant.plan import QuantPlan
+from dite.recipe import QuantRecipe, load_recipe
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """What was done, layer by layer. `bytes` and `baseline_bytes` are the transformer's weights on disk, the baseline counted in bf16."""
+
+    recipe: QuantRecipe
+    layers: list[dict[str, Any]]
+    skipped: dict[str, str]
+    baseline_bytes: int
+    bytes: int
+    seconds: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of `dite quantize --json`."""
+        values = {key: getattr(self, key) for key in ("layers", "skipped", "baseline_bytes", "bytes", "seconds", "peak_memory_bytes")}
+        return {"recipe": self.recipe.model_dump(mode="json", exclude_unset=True)} | values
+
+    def __str__(self) -> str:
+        ratio = self.baseline_bytes / self.bytes
+        return f"{self.recipe.name}: {len(self.layers)} layers, {self.baseline_bytes / 1e6:.1f} MB → {self.bytes / 1e6:.1f} MB ({ratio:.2f}× smaller) in {self.seconds:.1f} s"
+
+
+def quantize(
+    model: Any,
+    recipe: str | Path | dict | QuantRecipe = "w4a8",
+    *,
+    overrides: list[str] | None = None,
+    example_inputs: dict | None = None,
+    progress: Progress | None = None,
+) -> QuantReport:
+    """Quantize the transformer(s) of a pipeline, or a bare model, in place.
+
+    `recipe` is a name, a YAML file, a dict or a QuantRecipe; `overrides` are `a.b=c` strings. `example_inputs` (keyword arguments of the model's
+    forward) tell token from conditioning linears in a model dite doesn't know. `progress(layer, done, total)` is called after each layer.
+
+    Raises RecipeError, UsageError (quantized already), UnsupportedModel (no transformer blocks), QuantizationError (NaN weights; nothing changed).
+    """
+    started = time.monotonic()
+    recipe = load_recipe(recipe, overrides)
+    found = denoisers(model)
+    plans = {name: _plan_one(part, recipe, example_inputs) for name, part in found.items()}
+    baseline = sum(baseline_bytes(part) for part in found.values())
+    layers, skipped = [], {}
+    for name, part in found.items():
+        errors = quantize_linears_(part, plans[name], progress)
+        mark_quantized_(part, plans[name], recipe)
+        prefix = _prefix(name, found)
+        layers += [_row(prefix, layer, errors[layer.name]) for layer in plans[name].layers]
+        skipped |= {prefix + layer: reason for layer, reason in plans[name].skipped.items()}
+    size = sum(tensor.numel() * tensor.element_size() for part in found.values() for tensor in part.state_dict().values())
+    return QuantReport(recipe, layers, skipped, baseline, size, time.monotonic() - started, peak_memory_bytes())
+
+
+def plan(model: Any, recipe: str | Path | dict | QuantRecipe, example_inputs: dict | None = None) -> QuantPlan:
+    """What `quantize` would do, without doing it. With two transformers, the first one's."""
+    return _plan_one(next(iter(denoisers(model).values())), load_recipe(recipe), example_inputs)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _plan_one(model, recipe: QuantRecipe, given: dict | None) -> QuantPlan:
+    # Planned before anything is changed: a refusal must leave every component as it was.
+    return make_plan(model, recipe, discover(model, given) if given else None)
+
+
+def _row(prefix: str, layer, error: float) -> dict[str, Any]:
+    scheme = layer.scheme
+    return {
+        "name": prefix + layer.name,
+        "kind": layer.kind,
+        "weight_bits": scheme.weight.num_bits,
+        "activation_bits": scheme.activation.num_bits if scheme.activation else None,
+        "group_size": scheme.weight.group_size,
+        "transform": scheme.transform.kind,
+        "error": error,
+    }
+
+
+def _prefix(name: str, found: dict) -> str:
+    return f"{name}." if len(found) > 1 else ""

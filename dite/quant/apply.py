@@ -1,0 +1,59 @@
+"""Put a plan into a model: each linear becomes a QuantLinear, one after the other, so that memory never holds more than one layer twice."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from dite.quant.linear import QuantLinear
+from dite.quant.plan import QuantPlan
+from dite.quant.scheme import LayerScheme
+
+Progress = Callable[[str, int, int], None]
+
+
+@torch.no_grad()
+def quantize_linears_(model: nn.Module, plan: QuantPlan, progress: Progress | None = None) -> dict[str, float]:
+    """Round every planned linear of `model` to nearest, in place; returns each weight's relative error ‖W − Ŵ‖ / ‖W‖.
+
+    `progress(name, done, total)` is called after each layer. Weights are checked before anything changes: QuantizationError names a bad layer.
+    """
+    for layer in plan.layers:
+        QuantLinear.check_weight(model.get_submodule(layer.name), layer.name)
+    errors = {}
+    for index, layer in enumerate(plan.layers):
+        linear = model.get_submodule(layer.name)
+        quantized = QuantLinear.from_linear(linear, layer.scheme)
+        errors[layer.name] = _relative_error(linear.weight, quantized)
+        replace_(model, layer.name, quantized)
+        if progress:
+            progress(layer.name, index + 1, len(plan.layers))
+    return errors
+
+
+def insert_empty_layers_(model: nn.Module, layers: Mapping[str, LayerScheme], device: torch.device | str = "meta") -> None:
+    """Replace linears by quantized ones without contents, for a loader to fill."""
+    for name, scheme in layers.items():
+        linear = model.get_submodule(name)
+        replace_(model, name, QuantLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=device))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Every quantized linear of `model`, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` was."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _relative_error(weight: torch.Tensor, layer: QuantLinear) -> float:
+    """‖W − Ŵ‖ / ‖W‖ in fp32, a few rows at a time: it must not double the memory of a large layer."""
+    squared_error = squared_norm = 0.0
+    restored = layer.dequantize(weight.dtype)
+    for rows, approximate in zip(weight.split(256), restored.split(256), strict=True):
+        squared_error += float((rows.float() - approximate.float()).square().sum())
+        squared_norm += float(rows.float().square().sum())
+    return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0

@@ -1,0 +1,137 @@
+"""The quantized linear layer: packed codes on disk and in memory, integers in its arithmetic.
+
+Everything it holds is a buffer: some diffusers models read `next(module.parameters()).dtype`, which must not find integers. It subclasses
+`nn.Linear`, on whose type adapters and hooks dispatch; its `weight` is None. Casting the model (`.bfloat16()`, `.to(dtype)`) casts the bias
+and leaves the scales as they were stored: a scale cast to bf16 is off by up to 0.4%.
+"""
+
+import torch
+from dite_kernels import backends
+from dite_kernels.packing import packed_columns
+from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
+from torch import nn
+
+from dite.errors import QuantizationError, UnsupportedEnvironment
+from dite.quant.scheme import LayerScheme
+
+
+class QuantLinear(nn.Linear):
+    """y = x·Wᵀ + b with W in integer codes and x quantized at each call; input [..., K], output [..., N] in the input's dtype.
+
+    Buffers: qdata uint8 [N, packed K]; scale [N, G] fp16 or fp32; zero_point uint8 [N, packed G] unless symmetric; bias [N] or None.
+    `backend` names what runs it (`auto` by default); see `dite_kernels.backends`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scheme: LayerScheme, bias: bool = True, *, device=None, dtype=None):
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.spec = linear_spec(in_features, out_features, scheme)
+        self.backend = "auto"
+        self._prepared: tuple | None = None
+        bits, groups = scheme.weight.num_bits, self.spec.groups
+        self.register_parameter("weight", None)
+        self.register_buffer("qdata", torch.zeros(out_features, packed_columns(in_features, bits), dtype=torch.uint8, device=device))
+        self.register_buffer("scale", torch.ones(out_features, groups, dtype=torch.float16, device=device))
+        zero_point = None if scheme.weight.symmetric else torch.zeros(out_features, packed_columns(groups, bits), dtype=torch.uint8, device=device)
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, scheme: LayerScheme, name: str = "layer") -> "QuantLinear":
+        """Round a linear's weight to nearest. Raises QuantizationError that names the layer if it holds NaN or inf."""
+        cls.check_weight(linear, name)
+        weight = linear.weight.detach()
+        layer = cls(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=weight.device, dtype=weight.dtype)
+        layer.tensor = quantize_weight(weight, layer.spec)
+        if linear.bias is not None:
+            layer.bias = linear.bias.detach().clone()
+        return layer.train(linear.training)
+
+    @staticmethod
+    def check_weight(linear: nn.Linear, name: str) -> None:
+        """Raise QuantizationError unless every weight is finite."""
+        bad = linear.weight.numel() - int(torch.isfinite(linear.weight).sum())
+        if bad:
+            why = f"{bad} of its {linear.weight.numel()} weights are NaN or inf"
+            raise QuantizationError(f"layer {name} can't be quantized", why, f'repair the checkpoint, or skip the layer: --set \'layers={{"{name}": {{skip: not finite}}}}\'')
+
+    @property
+    def tensor(self) -> QuantTensor:
+        """The packed weight."""
+        return QuantTensor(self.qdata, self.scale, self.zero_point)
+
+    @tensor.setter
+    def tensor(self, value: QuantTensor) -> None:
+        self.qdata, self.scale, self.zero_point = value.qdata, value.scale, value.zero_point
+        self._prepared = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [N, K] that the codes stand for."""
+        return self.tensor.dequantize(self.spec, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        backend, prepared = self._prepare(x)
+        y = backend.linear(x.reshape(-1, self.in_features), prepared, self.bias, self.spec)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        weight, activation = self.scheme.weight, self.scheme.activation
+        inputs = f"A{activation.num_bits} per {activation.granularity}" if activation else "weight-only"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{weight.num_bits} g{weight.group_size or 'all'}, {inputs}"
+
+    def _prepare(self, x: torch.Tensor) -> tuple:
+        key = (self.backend, x.dtype, x.device)
+        if self._prepared is None or self._prepared[0] != key:
+            backend = select_backend(self.spec, x.device, self.backend)
+            self._prepared = (key, backend, backend.prepare(self.tensor, self.spec, x.dtype))
+        return self._prepared[1:]
+
+    def _apply(self, fn, recurse=True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:
+            self.scale = torch.empty_like(scale, device=self.scale.device) if scale.is_meta else scale.to(self.scale.device)
+        self._prepared = None
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # copy_ would cast stored fp32 scales to this buffer's fp16; take the stored dtype instead.
+        stored = state_dict.get(prefix + "scale")
+        if stored is not None and stored.dtype != self.scale.dtype:
+            self.scale = self.scale.to(stored.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._prepared = None
+
+
+def linear_spec(in_features: int, out_features: int, scheme: LayerScheme) -> LinearSpec:
+    """A scheme in the kernels' terms."""
+    activation = scheme.activation
+    return LinearSpec(
+        in_features=in_features,
+        out_features=out_features,
+        weight_bits=scheme.weight.num_bits,
+        group_size=scheme.weight.group_size,
+        weight_symmetric=scheme.weight.symmetric,
+        activation_bits=activation.num_bits if activation else None,
+        activation_per_group=bool(activation and activation.granularity == "group"),
+        activation_symmetric=bool(activation and activation.symmetric),
+    )
+
+
+def select_backend(spec: LinearSpec, device: torch.device, name: str) -> backends.Backend:
+    """`dite_kernels.backends.select` with our own error."""
+    try:
+        return backends.select(spec, device, None if name == "auto" else name)
+    except backends.BackendUnavailable as error:
+        raise UnsupportedEnvironment("the backend can't run this model here", str(error), "see `dite doctor`, or leave backend at auto") from error
+
+
+def set_backend(model: nn.Module, name: str) -> None:
+    """Choose what runs every quantized linear of `model`. Raises UnsupportedEnvironment, and changes nothing, if a layer can't use it."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    for layer in layers:
+        select_backend(layer.spec, layer.qdata.device, name)
+    for layer in layers:
+        layer.backend, layer._prepared = name, None

@@ -1,0 +1,58 @@
+"""What will be done to each linear of a model: the product of a recipe and a discovery."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+from dite_kernels.affine import group_count
+from dite_kernels.packing import packed_columns
+
+from dite.quant.scheme import LayerScheme, Strict
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear and how it is quantized."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    scheme: LayerScheme
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of qdata, fp16 scales and packed zero points on disk."""
+        weight = self.scheme.weight
+        groups = group_count(self.in_features, weight.group_size)
+        zeros = 0 if weight.symmetric else packed_columns(groups, weight.num_bits)
+        return self.out_features * (packed_columns(self.in_features, weight.num_bits) + 2 * groups + zeros)
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Layers in the model's order, and the linears left alone with the reason. `other_bytes`: the rest of the model, in bf16."""
+
+    layers: list[LayerPlan]
+    skipped: dict[str, str] = field(default_factory=dict)
+    other_bytes: int = 0
+
+    @property
+    def estimated_bytes(self) -> int:
+        """The transformer's weights on disk after quantization, everything else in bf16."""
+        return self.other_bytes + sum(layer.weight_bytes for layer in self.layers)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical plan: equal plans, equal digests."""
+        return hashlib.sha256(StoredPlan.of(self).model_dump_json().encode()).hexdigest()
+
+
+class StoredPlan(Strict):
+    """The part of a plan that a saved model's `quantization_config` holds."""
+
+    layers: dict[str, LayerScheme]
+    skipped: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, plan: QuantPlan) -> "StoredPlan":
+        return cls(layers={layer.name: layer.scheme for layer in plan.layers}, skipped=plan.skipped)

@@ -1,0 +1,182 @@
+"""Recipes: what a user writes in YAML, checked once, and what a saved model's config stores."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from dite.errors import RecipeError
+from dite.quant.scheme import ActivationScheme, LayerScheme, Strict, WeightScheme
+
+
+class LayerDefaults(Strict):
+    """How one kind of linear is quantized. `weight: null` leaves that kind alone."""
+
+    weight: WeightScheme | None
+    activation: ActivationScheme | None = None
+
+
+class Defaults(Strict):
+    """`token` linears see a sequence, `conditioning` linears one vector a sample (adaLN and the like)."""
+
+    token: LayerDefaults
+    conditioning: LayerDefaults
+
+
+class WeightOverride(Strict):
+    """The keys of a weight scheme that a pattern changes; keys not given stay as they are."""
+
+    num_bits: Literal[4, 6, 8] = 8
+    group_size: int | None = None
+    symmetric: bool = False
+
+
+class LayerOverride(Strict):
+    """What a pattern of `layers` changes (only the keys given), or `skip: reason` to leave its layers alone."""
+
+    weight: WeightOverride | None = None
+    activation: ActivationScheme | None = None
+    skip: str | None = None
+
+
+class Search(Strict):
+    """How per-layer choices are made."""
+
+    strategy: Literal["none"] = "none"
+
+
+class QuantRecipe(Strict):
+    """A whole recipe: the contents of `recipes/quant/*.yaml`."""
+
+    name: str
+    description: str = ""
+    defaults: Defaults
+    transform: Literal["none"] = "none"
+    rounding: Literal["nearest"] = "nearest"
+    search: Search = Field(default_factory=Search)
+    layers: dict[str, LayerOverride] = Field(default_factory=dict)
+
+    def scheme(self, name: str, kind: Literal["token", "conditioning"]) -> LayerScheme | str:
+        """The scheme of layer `name`, or the reason why it is skipped. Later patterns win."""
+        defaults: LayerDefaults = getattr(self.defaults, kind)
+        weight, activation = defaults.weight, defaults.activation
+        skip = f"the recipe leaves {kind} linears alone" if weight is None else None
+        for pattern, override in self.layers.items():
+            if not fnmatch.fnmatchcase(name, pattern):
+                continue
+            skip = override.skip or skip
+            if override.weight is not None:
+                weight = WeightScheme(**((weight or WeightScheme()).model_dump() | override.weight.model_dump(exclude_unset=True)))
+                skip = override.skip
+            if "activation" in override.model_fields_set:
+                activation = override.activation
+        return skip or LayerScheme(weight=weight, activation=activation)
+
+
+def load_recipe(source: str | Path | dict | QuantRecipe, overrides: list[str] | None = None) -> QuantRecipe:
+    """A recipe by name, file, or contents, with `a.b=c` overrides applied.
+
+    Raises RecipeError that names the nearest recipe or key when one is unknown.
+    """
+    if isinstance(source, QuantRecipe):
+        values = source.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(source, dict):
+        values = source
+    else:
+        values = _read(source)
+    for override in overrides or []:
+        values = _override(values, override)
+    return validate(QuantRecipe, values)
+
+
+def recipe_names(kind: str = "quant") -> list[str]:
+    """Names of the built-in recipes of a kind (`quant`, `eval`)."""
+    return sorted(path.name.removesuffix(".yaml") for path in recipe_folder(kind).iterdir() if path.name.endswith(".yaml"))
+
+
+def recipe_folder(kind: str):
+    """Where the built-in recipes of a kind lie: inside the wheel, or in the source tree for an editable install."""
+    packaged = resources.files("dite") / "_recipes" / kind
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes" / kind
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """Parse a YAML mapping; RecipeError otherwise."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not YAML", " ".join(str(error).split()), "check the indentation near that line") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} is not a recipe", f"a recipe is a mapping of keys, this is a {type(values).__name__}", "see `dite recipes w4a8`")
+    return values
+
+
+def validate(model: type[BaseModel], values: dict[str, Any]):
+    """Build `model` from `values`; its first error becomes a RecipeError with the nearest known key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _fields_at(model, first["loc"][:-1])
+            raise RecipeError(f"unknown recipe key {path}", f"known keys there: {', '.join(sorted(known))}", _did_you_mean(str(first["loc"][-1]), known)) from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"recipe key {path} is wrong", f"{message} (got {first['input']!r})", "see `dite recipes` for working examples") from error
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if not path.is_file():
+            raise RecipeError(f"no recipe file {path}", "the file does not exist", "check the path, or use a name from `dite recipes`")
+        return read_yaml(path.read_text(encoding="utf-8"), str(path))
+    names = recipe_names()
+    if str(source) not in names:
+        raise RecipeError(f"no recipe named {source}", f"known: {', '.join(names)}", _did_you_mean(str(source), names) or "give a name or a .yaml file")
+    return read_yaml((recipe_folder("quant") / f"{source}.yaml").read_text(encoding="utf-8"), str(source))
+
+
+def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {override} has no value", "the form is key.key=value", "for example --set defaults.token.weight.group_size=64")
+    return _with(values, path.split("."), yaml.safe_load(text), path)
+
+
+def _with(values: dict[str, Any], keys: list[str], value: Any, path: str) -> dict[str, Any]:
+    """A copy of `values` with one nested key replaced."""
+    head, *rest = keys
+    if not rest:
+        return {**values, head: value}
+    inner = values.get(head)
+    inner = {} if inner is None else inner
+    if not isinstance(inner, dict):
+        raise RecipeError(f"--set {path} goes too deep", f"{head} holds {inner!r}, which has no keys", "see `dite recipes NAME` for the structure")
+    return {**values, head: _with(inner, rest, value, path)}
+
+
+def _fields_at(model: type[BaseModel], path: tuple) -> list[str]:
+    """Field names of the model that lies at `path` inside `model`."""
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            continue
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            candidates = [candidate, *getattr(candidate, "__args__", ())]
+            found = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+            if found:
+                model = found
+                break
+    return list(model.model_fields)
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else ""

@@ -1,0 +1,154 @@
+"""Fréchet inception distance of N samples, with what it needs to be believed: an interval, and its limit for N → ∞.
+
+FID is biased: it falls like FID∞ + c / N, with a c that depends on the model (Chong and Forsyth 2020, arXiv 1911.07023).
+
+    FID∞      line through FID against k/N for k = 1..5: the samples are cut into k blocks, FID_k is the mean over the k blocks
+    interval  delete-a-group jackknife: FID ± t · √((G−1)/G · Σ (FID₋g − mean)²), G groups; 95%
+
+Blocks are contiguous, so that classes assigned in turn stay balanced inside each. The naive bootstrap is no alternative: repeated samples
+shrink the covariance, and its interval need not even contain the estimate. N samples, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dite.errors import DiteError, UsageError
+from dite_evals.backend import torchmetrics
+from dite_evals.extractors import Extractor
+from dite_evals.fidelity import student_t
+from dite_evals.frechet import Moments, Reference, frechet_distance, moments, threads_for
+from dite_evals.statistics import Statistics, inject_
+
+MIN_SAMPLES = 10
+GROUPS = 20
+SIZES = 5
+AGREEMENT = 1e-3
+
+
+@dataclass(frozen=True)
+class FidResult:
+    """`fid` of `n` samples, its 95% `interval`, `fid_infinity`, and the `curve`: pairs (samples a block, mean FID of the blocks)."""
+
+    fid: float
+    n: int
+    interval: tuple[float, float]
+    fid_infinity: float
+    curve: list[tuple[int, float]]
+
+
+def fid_between(extractor: Extractor, first: torch.Tensor, second: torch.Tensor, device: torch.device | str = "cpu") -> float:
+    """FID between two sets of images, uint8 [N, 3, H, W] and [M, 3, H, W]; N and M at least 2.
+
+    For the floor under a latent model's FID: the images against their own reconstructions.
+    """
+    return frechet_distance(moments(extractor.extract(first, device)), moments(extractor.extract(second, device)))
+
+
+def compute_fid(features: torch.Tensor, extractor: Extractor, statistics: Statistics) -> FidResult:
+    """FID of features [N, F], N at least 10, against reference statistics of the same extractor.
+
+    torchmetrics computes the same number from the same features; a disagreement beyond 0.1% is an error.
+    """
+    statistics.require(extractor)
+    check_count(len(features))
+    if not torch.isfinite(features).all():
+        raise DiteError("the extractor's features are not finite", "a sample gave NaN or infinity", "check the extractor's weights")
+    reference = Reference(statistics.moments)
+    value = reference.distance(moments(features))
+    other = torchmetrics_fid(features, statistics.moments)
+    if not math.isclose(value, other, rel_tol=AGREEMENT, abs_tol=AGREEMENT * statistics.moments.sigma.trace().item()):
+        raise DiteError(
+            "two computations of one FID disagree", f"ours is {value:.6g}, torchmetrics' {other:.6g}", "report this: one of them is wrong"
+        )
+    curve = size_curve(features, reference)
+    return FidResult(value, len(features), jackknife_interval(features, reference, value), extrapolate(curve), curve)
+
+
+def check_count(n: int) -> None:
+    """Raise UsageError when `n` samples are too few for an FID with interval and limit."""
+    if n < MIN_SAMPLES:
+        raise UsageError(
+            f"{n} samples are too few for an FID",
+            f"the fit against 1/N needs at least {MIN_SAMPLES}",
+            f"use --n {MIN_SAMPLES} or more; 5000 is customary",
+        )
+
+
+def torchmetrics_fid(features: torch.Tensor, reference: Moments) -> float:
+    """The same distance by torchmetrics, fed with features instead of images."""
+    metric = torchmetrics("image.fid").FrechetInceptionDistance(feature=_AsIs(features.shape[1]))
+    inject_(metric, reference)
+    for batch in features.double().split(1000):
+        metric.update(batch, real=False)
+    with threads_for(features.shape[1]):
+        return metric.compute().item()
+
+
+def jackknife_interval(features: torch.Tensor, reference: Reference, value: float) -> tuple[float, float]:
+    """95% interval around `value`, the FID of all `features`: leaves out each of up to 20 groups in turn. Its lower end is at least 0."""
+    groups = features.double().tensor_split(min(GROUPS, len(features) // 2))
+    parts = [_Sums.of(group, reference.moments.mu) for group in groups]
+    total = sum(parts[1:], parts[0])
+    without = torch.tensor([reference.distance((total - part).moments(reference.moments.mu)) for part in parts], dtype=torch.float64)
+    count = len(parts)
+    error = math.sqrt((count - 1) / count * (without - without.mean()).square().sum().item())
+    half = student_t(count - 1) * error
+    return max(0.0, value - half), value + half
+
+
+def size_curve(features: torch.Tensor, reference: Reference) -> list[tuple[int, float]]:
+    """(N // k, mean FID of k disjoint blocks of that size) for k = 1..5."""
+    curve = []
+    for count in range(1, SIZES + 1):
+        size = len(features) // count
+        values = [reference.distance(moments(features[block * size : (block + 1) * size])) for block in range(count)]
+        curve.append((size, sum(values) / count))
+    return curve
+
+
+def extrapolate(curve: list[tuple[int, float]]) -> float:
+    """Intercept at 1/N = 0 of the least-squares line through (1/N, FID). May be negative for few samples."""
+    x = torch.tensor([1 / size for size, _ in curve], dtype=torch.float64)
+    y = torch.tensor([value for _, value in curve], dtype=torch.float64)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return (y.mean() - slope * x.mean()).item()
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums of x − origin and of their outer products: groups can be added and taken away. The shift keeps the cancellation small."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    n: int
+
+    @staticmethod
+    def of(features: torch.Tensor, origin: torch.Tensor) -> _Sums:
+        x = features - origin
+        return _Sums(x.sum(0), x.T @ x, len(x))
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.first + other.first, self.second + other.second, self.n + other.n)
+
+    def __sub__(self, other: _Sums) -> _Sums:
+        return _Sums(self.first - other.first, self.second - other.second, self.n - other.n)
+
+    def moments(self, origin: torch.Tensor) -> Moments:
+        mean = self.first / self.n
+        return Moments(origin + mean, (self.second - self.n * torch.outer(mean, mean)) / (self.n - 1), self.n)
+
+
+class _AsIs(nn.Module):
+    """Stands in for torchmetrics' network where features are already known."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features

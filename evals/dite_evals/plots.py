@@ -1,0 +1,118 @@
+"""Three plots as inline SVG: no script, no font, no colour of its own (the page's CSS variables decide, in light and dark)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+WIDTH, HEIGHT = 480, 260
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 44
+
+
+class _Axes:
+    """Linear axes over the data's ranges; draws frame, ticks and labels."""
+
+    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, y_label: str):
+        self.x_ticks, self.y_ticks = ticks(*x_range), ticks(*y_range)
+        self.x_range = (min(x_range[0], self.x_ticks[0]), max(x_range[1], self.x_ticks[-1]))
+        self.y_range = (min(y_range[0], self.y_ticks[0]), max(y_range[1], self.y_ticks[-1]))
+        self.x_label, self.y_label = x_label, y_label
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def wrap(self, marks: str, title: str) -> str:
+        """A whole `<svg>` with `marks` inside the axes; `title` is what a screen reader says."""
+        parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+        for value in self.y_ticks:
+            parts.append(f'<line class="gridline" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(value):.1f}" y2="{self.y(value):.1f}"/>')
+            parts.append(f'<text class="tick" x="{LEFT - 8}" y="{self.y(value) + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        for value in self.x_ticks:
+            parts.append(f'<text class="tick" x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number(value)}</text>')
+        base = HEIGHT - BOTTOM
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>{marks}')
+        parts.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(self.x_label)}</text>')
+        middle = (TOP + HEIGHT - BOTTOM) / 2
+        parts.append(f'<text class="label" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(self.y_label)}</text></svg>')
+        return "".join(parts)
+
+
+def per_step(errors: Sequence[float]) -> str:
+    """Mean latent relative error after each sampler step."""
+    finite = [(step, value) for step, value in enumerate(errors, 1) if math.isfinite(value)]
+    axes = _Axes((1, max(2, len(errors))), (0, max((value for _, value in finite), default=1) or 1), "step", "latent relative error")
+    points = " ".join(f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in finite)
+    marks = f'<polyline class="line" points="{points}"/>'
+    marks += "".join(_dot(axes, step, value, f"step {step}: {value:.4g}", 6 if len(finite) > 30 else 4) for step, value in finite)
+    return axes.wrap(marks, f"latent relative error after each of {len(errors)} steps")
+
+
+def histogram(values: Sequence[float], mean: float, x_label: str) -> str:
+    """Counts of `values` in about √N bins, with the mean marked."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    bins = max(4, min(24, round(math.sqrt(len(finite)) * 1.5)))
+    counts = [0] * bins
+    for value in finite:
+        counts[min(bins - 1, int((value - low) / (high - low) * bins))] += 1
+    axes = _Axes((low, high), (0, max(counts)), x_label, "images")
+    marks = ""
+    for index, count in enumerate(counts):
+        left, right = axes.x(low + (high - low) * index / bins), axes.x(low + (high - low) * (index + 1) / bins)
+        top = axes.y(count)
+        marks += f'<rect class="bar" x="{left + 0.5:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" height="{axes.y(0) - top:.1f}"><title>{count}</title></rect>'
+    if math.isfinite(mean):
+        marks += f'<line class="mean" x1="{axes.x(mean):.1f}" x2="{axes.x(mean):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"><title>mean {mean:.4g}</title></line>'
+    return axes.wrap(marks, f"{x_label} of {len(finite)} images, mean {mean:.4g}")
+
+
+def against_size(curve: Sequence[tuple[int, float]], limit: float) -> str:
+    """FID against 1/N with its fitted line, down to 1/N = 0."""
+    points = [(1000 / size, value) for size, value in curve]
+    values = [value for _, value in points] + [limit]
+    spread = (max(values) - min(values)) or 1
+    right = max(x for x, _ in points)
+    axes = _Axes((0, right), (min(values) - 0.1 * spread, max(values) + 0.1 * spread), "1000 / N", "FID")
+    mean_x, mean_y = sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+    at_right = limit + (mean_y - limit) / mean_x * right
+    marks = f'<line class="fit" x1="{axes.x(0):.1f}" y1="{axes.y(limit):.1f}" x2="{axes.x(right):.1f}" y2="{axes.y(at_right):.1f}"/>'
+    marks += "".join(_dot(axes, x, y, f"N {size}: {y:.4g}", 4) for (x, y), (size, _) in zip(points, curve, strict=True))
+    marks += f'<circle class="limit" cx="{axes.x(0):.1f}" cy="{axes.y(limit):.1f}" r="5"><title>N to infinity: {limit:.4g}</title></circle>'
+    return axes.wrap(marks, f"FID against 1/N; its limit is {limit:.4g}")
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`: steps of 1, 2 or 5 times a power of ten.
+
+    >>> ticks(0, 10), ticks(0.013, 0.0171)
+    ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [0.013, 0.014, 0.015, 0.016, 0.017])
+    """
+    span = (high - low) or abs(high) or 1.0
+    raw = span / about
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    digits = max(0, 1 - math.floor(math.log10(step)))
+    return [round(index * step, digits) for index in range(first, max(first + 1, last + 1))]
+
+
+def number(value: float) -> str:
+    """A tick's text: short, without a trailing zero.
+
+    >>> number(0.25), number(12.0), number(1e-05), number(0.0)
+    ('0.25', '12', '1e-05', '0')
+    """
+    return f"{value:.4g}"
+
+
+def _dot(axes: _Axes, x: float, y: float, title: str, radius: float) -> str:
+    kind = "hover" if radius > 4 else "dot"
+    return f'<circle class="{kind}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="{radius}"><title>{escape(title)}</title></circle>'

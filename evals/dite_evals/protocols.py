@@ -1,0 +1,114 @@
+"""Protocols: everything that a quoted number depends on, as data (`recipes/eval/*.yaml`).
+
+A protocol fixes N, steps, guidance, seed, precision and micro-batch. Whatever a run changes is listed beside its result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dite.errors import RecipeError, UsageError
+from dite.recipe import read_yaml, recipe_folder, recipe_names, validate
+
+MANY_CLASSES = 64
+
+
+class _Protocol(BaseModel):
+    """What both kinds have in common. `dtype: null` takes the models as they are stored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str = ""
+    n: int = Field(ge=1, le=2**31)
+    steps: int = Field(ge=1, le=1000)
+    guidance: float = Field(ge=0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    micro_batch: int = Field(default=8, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    prompts: list[str] = Field(default_factory=list)
+
+
+class FidelityProtocol(_Protocol):
+    """Paired comparison with a baseline."""
+
+    kind: Literal["fidelity"]
+
+
+class FidProtocol(_Protocol):
+    """Distance to a data set. `extractor` and `statistics`: a folder or `builtin:NAME`; `statistics` also a file."""
+
+    kind: Literal["fid"]
+    extractor: str
+    statistics: str
+
+
+Protocol = FidelityProtocol | FidProtocol
+_KINDS: dict[str, type[FidelityProtocol] | type[FidProtocol]] = {"fidelity": FidelityProtocol, "fid": FidProtocol}
+
+
+def load_protocol(source: str | Path | dict[str, Any] | Protocol, kind: str | None = None, **overrides: Any) -> tuple[Protocol, dict[str, Any]]:
+    """A protocol by name, file or contents, with `overrides` (None: keep) applied; and those of them that changed something.
+
+    Raises RecipeError for an unknown name, key or value, and for a protocol that isn't of `kind`.
+    """
+    values = _values(source)
+    model = _KINDS.get(values.get("kind", ""))
+    if model is None:
+        raise RecipeError(
+            f"protocol {values.get('name', source)} has no kind", f"kind is {values.get('kind')!r}, it must be fidelity or fid", "add kind: fidelity"
+        )
+    if kind is not None and values["kind"] != kind:
+        fitting = [name for name in recipe_names("eval") if _values(name).get("kind") == kind]
+        raise RecipeError(
+            f"{values.get('name')} is no {kind} protocol",
+            f"its kind is {values['kind']}",
+            f"use {' or '.join(fitting)}, or dite eval {values['kind']}",
+        )
+    protocol = validate(model, values)
+    changed = {key: value for key, value in overrides.items() if value is not None and getattr(protocol, key, math.nan) != value}
+    return validate(model, values | changed), changed
+
+
+def balanced(classes: Sequence[Any], n: int) -> list[Any]:
+    """The conditions of samples 0..n−1: `classes` in turn, so that sample i never depends on n.
+
+    With many classes neighbours are alike (ImageNet begins with 151 animals), so the turn then strides by about 0.618 of their number.
+
+    >>> balanced([0, 1, 2], 7)
+    [0, 1, 2, 0, 1, 2, 0]
+    >>> balanced(range(1000), 4)
+    [0, 617, 234, 851]
+    """
+    count = len(classes)
+    if count == 0:
+        raise UsageError("there is nothing to draw", "the protocol has no prompts and the model no classes", "add prompts to the protocol")
+    stride = 1
+    if count > MANY_CLASSES:
+        stride = next(s for s in range(int(count * 0.6180), count + 1) if math.gcd(s, count) == 1)
+    return [classes[index * stride % count] for index in range(n)]
+
+
+def _values(source: str | Path | dict[str, Any] | Protocol) -> dict[str, Any]:
+    if isinstance(source, BaseModel):
+        return source.model_dump()
+    if isinstance(source, dict):
+        return source
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise RecipeError(f"no protocol file {path}", "the file does not exist", "check the path, or use a name from `dite recipes --kind eval`")
+        return read_yaml(path.read_text(encoding="utf-8"), str(path))
+    names = recipe_names("eval")
+    if str(source) not in names:
+        close = difflib.get_close_matches(str(source), names, n=1)
+        raise RecipeError(
+            f"no protocol named {source}", f"known: {', '.join(names)}", f"did you mean {close[0]}?" if close else "give a name or a .yaml file"
+        )
+    return read_yaml((recipe_folder("eval") / f"{source}.yaml").read_text(encoding="utf-8"), str(source))

@@ -1,0 +1,165 @@
+"""Reports: `report.json` for machines, `report.md` for pull requests, `report.html` for people; one `Report` behind all three."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dite.errors import CheckpointError, OutputExists
+
+SCHEMA_VERSION = 1
+FILE = "report.json"
+PACKAGES = ("dite", "torch", "diffusers", "torchmetrics", "safetensors", "transformers")
+
+
+@dataclass
+class Report:
+    """`metrics` are the keys of `--json`; `samples` one dict a sample; `images` and `baseline_images` uint8 [N, 3, H, W] for the HTML only."""
+
+    kind: str
+    title: str
+    metrics: dict[str, Any]
+    configuration: dict[str, Any]
+    command: list[str]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    class_names: dict[int, str] = field(default_factory=dict)
+    images: torch.Tensor | None = None
+    baseline_images: torch.Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `report.json`."""
+        document = {"schema_version": SCHEMA_VERSION, "kind": self.kind, "title": self.title, "metrics": self.metrics}
+        document |= {"configuration": self.configuration, "environment": environment(), "command": shlex.join(self.command)}
+        document |= {"curve": [{"n": size, "fid": value} for size, value in self.curve]} if self.curve else {}
+        return document | ({"samples": self.samples} if self.samples else {})
+
+
+def environment() -> dict[str, Any]:
+    """What a number may depend on besides the configuration: versions, machine, thread count."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "gpu": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def check_output(folder: Path) -> None:
+    """Raise OutputExists unless `folder` is absent, empty, or holds an earlier report, which may be replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputExists(f"{folder} is a file", "a report is a folder", "choose another -o")
+    if any(folder.iterdir()) and not (folder / FILE).is_file():
+        raise OutputExists(f"{folder} is not empty", f"it holds no {FILE}, so it is no report that may be replaced", "choose another -o")
+
+
+def write_report(report: Report, folder: Path) -> dict[str, str]:
+    """Write the three files, each renamed into place, `report.json` last; returns their paths by kind."""
+    from dite_evals.report_html import render
+
+    check_output(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    document = report.to_dict()
+    texts = {
+        "html": render(report, document),
+        "md": markdown(document),
+        "json": json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    paths = {kind: folder / f"report.{kind}" for kind in texts}
+    for kind, text in texts.items():
+        partial = paths[kind].with_suffix(f".{kind}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, paths[kind])
+    return {kind: str(path) for kind, path in paths.items()}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a `report.json` (or the folder that holds it). Raises CheckpointError when it is none."""
+    path = path / FILE if path.is_dir() else path
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"can't read {path}", str(error), "give a report.json written by dite eval") from error
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION or not isinstance(document.get("metrics"), dict):
+        raise CheckpointError(f"{path} is no report of this version", f"schema_version must be {SCHEMA_VERSION}", "write it again with this dite")
+    return document
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The same figures as two tables."""
+    lines = [f"# {document['title']}", "", "| metric | value |", "|---|---|"]
+    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in headline(document["metrics"])]
+    lines += ["", "| configuration | |", "|---|---|"]
+    lines += [f"| {_cell(key)} | {_cell(plain(value))} |" for key, value in document["configuration"].items()]
+    versions = ", ".join(f"{key} {value}" for key, value in document["environment"].items() if value is not None)
+    return "\n".join([*lines, "", f"Environment: {versions}.", "", "```", document["command"], "```", ""])
+
+
+def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """The metrics that are quoted, named and with their units, in order."""
+    if "psnr" in metrics:
+        psnr = metrics["psnr"]
+        return [
+            ("PSNR, mean", f"{psnr['mean']:.2f} dB"),
+            ("PSNR, worst 5%", f"{psnr['p05']:.2f} dB"),
+            ("SSIM", f"{metrics['ssim']:.4f}"),
+            ("latent relative error", f"{metrics['latent_relative_error']:.4f}"),
+            ("samples", str(metrics["n"])),
+        ]
+    low, high = metrics["interval"]
+    return [
+        (f"FID, N = {metrics['n']}", f"{metrics['fid']:.3f}"),
+        ("95% interval", f"{low:.3f} to {high:.3f}"),
+        ("FID for N → ∞", f"{metrics['fid_infinity']:.3f}"),
+        ("protocol", metrics["protocol"]),
+        ("extractor", short_id(metrics["extractor"])),
+    ]
+
+
+def short_id(extractor: str) -> str:
+    """An extractor's id with only 12 digits of its hash, for people.
+
+    >>> short_id("toy/raw/sha256:0123456789abcdef")
+    'toy/raw/sha256:0123456789ab'
+    """
+    head, colon, tail = extractor.rpartition(":")
+    return head + colon + tail[:12]
+
+
+def plain(value: Any) -> str:
+    """A configuration value as text."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return "as stored" if value is None else str(value)
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinity become null: a strict JSON parser must be able to read every report."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _cell(text: str) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,131 @@
+"""Turn a finished run into the folder that ships: a plain DiTPipeline in bf16, with classifier, statistics, pictures and a model card.
+
+    builtin/cifar10-dit/
+      model_index.json, scheduler/, vae/, transformer/    what DiTPipeline.from_pretrained loads
+      classifier/                                         config.json, model.safetensors
+      statistics.safetensors                              mu, sigma of the classifier's features over the training images
+      samples.png, README.md, metrics.json                what it looks like, and what is known of it
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import classifier as classifier_stage
+import dit
+import torch
+import vae as vae_stage
+from data import Split
+from diffusers import DiTPipeline
+from loop import Run, hours_spent, load_average
+from PIL import Image
+from reference import image_fid, write_statistics
+from safetensors.torch import save_file
+
+from dite_evals.classifier import SmallClassifier
+
+NAME = "cifar10-dit"
+SHARD = "15MB"
+PICTURES_PER_CLASS = 8
+GUIDANCE, STEPS = 2.0, 50
+
+
+def export(train: Split, test: Split, run: Run, preset: str, vae) -> Path:
+    """Write `run.folder/cifar10-dit`; `vae` is the trained autoencoder with standardised latents."""
+    folder = run.folder / NAME
+    shutil.rmtree(folder, ignore_errors=True)
+    pipe = build_pipeline(run, train.names, vae)
+    metrics = {"preset": preset, "hours": {stage: round(hours_spent(run, stage), 2) for stage in ("vae", "classifier", "dit")}}
+    metrics |= json.loads((run.folder / "settings.json").read_text())
+    pipe.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
+    _finish_configs(folder, train.names)
+    model = save_classifier(run, train.names, folder / "classifier")
+    metrics["classifier_accuracy"] = classifier_stage.accuracy(model, test.images, test.labels, run.device)
+    write_statistics(model, train.images, folder / "statistics.safetensors", "cifar10 train")
+    reconstructed = vae_stage.decode(vae, vae_stage.encode(vae, test.images, run.device), run.device)
+    error = (reconstructed.float() - test.images.float()).square().mean((1, 2, 3))
+    metrics["vae_psnr_db"] = float((10 * torch.log10(255**2 / error)).mean())
+    metrics["fid_test_images"] = image_fid(model, test.images, folder / "statistics.safetensors")
+    metrics["fid_vae_reconstructions"] = image_fid(model, reconstructed, folder / "statistics.safetensors")
+    metrics["fid_n"] = len(test.images)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_samples(folder, len(train.names))
+    (folder / "README.md").write_text(model_card(metrics))
+    return folder
+
+
+def build_pipeline(run: Run, names: list[str], vae) -> DiTPipeline:
+    """The averaged weights as a pipeline; label rows that no class uses are zeroed."""
+    model = dit.build()
+    load_average(run.folder / "dit" / "checkpoint.safetensors", model)
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            block.norm1.emb.class_embedder.embedding_table.weight[len(names) : dit.NULL_LABEL] = 0
+    return DiTPipeline(model, vae, dit.scheduler(), id2label=dict(enumerate(names)))
+
+
+def save_classifier(run: Run, names: list[str], folder: Path) -> SmallClassifier:
+    """Store the classifier in fp16 and return it as it will be loaded: fp16 weights, fp32 arithmetic."""
+    model = SmallClassifier(len(names))
+    load_average(run.folder / "classifier" / "checkpoint.safetensors", model)
+    folder.mkdir()
+    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    config = {"_class_name": "SmallClassifier", "num_classes": len(names), "num_features": model.num_features}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return model.half().float().to(run.device).eval()
+
+
+@torch.no_grad()
+def write_samples(folder: Path, num_classes: int) -> None:
+    """`samples.png`: a row a class, seeds 0 to 7, enlarged twice."""
+    pipe = DiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    labels = [label for label in range(num_classes) for _ in range(PICTURES_PER_CLASS)]
+    generators = [torch.Generator().manual_seed(index % PICTURES_PER_CLASS) for index in range(len(labels))]
+    images = pipe(labels, guidance_scale=GUIDANCE, num_inference_steps=STEPS, generator=generators).images
+    size = images[0].width
+    sheet = Image.new("RGB", (PICTURES_PER_CLASS * size, num_classes * size))
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % PICTURES_PER_CLASS * size, index // PICTURES_PER_CLASS * size))
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(folder / "samples.png")
+
+
+def model_card(metrics: dict) -> str:
+    """README.md of the folder."""
+    hours, settings = metrics["hours"], metrics["dit"]
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+---
+# cifar10-dit
+
+A small class-conditional latent diffusion transformer that ships with dite, so that everything dite does can be tried, measured and tested offline.
+
+![samples: a row a class, seeds 0 to {PICTURES_PER_CLASS - 1}, guidance {GUIDANCE}, {STEPS} DDIM steps](samples.png)
+
+| part | what |
+|---|---|
+| data | CIFAR-10 training images (50,000 of 32×32 in 10 classes; re-encoded as JPEG), random flips |
+| transformer | `DiTTransformer2DModel`: 10 blocks, width 256, 4 heads, patch 2 (16 tokens), 15.8 M parameters, v-prediction |
+| autoencoder | `AutoencoderKL`: f=4, 4 latent channels, 1.6 M parameters; {metrics["vae_psnr_db"]:.1f} dB on the test images |
+| classifier | `dite_evals.classifier.SmallClassifier`: {metrics["classifier_accuracy"]:.1%} of the test images right; its 192 features are the FID extractor |
+| recipe | `recipes/cifar10_dit`, preset `{metrics["preset"]}`: {settings["epochs"]:g} epochs of batch {settings["batch_size"]}, EMA {settings["ema"]} |
+| hours | autoencoder {hours["vae"]}, classifier {hours["classifier"]}, transformer {hours["dit"]} |
+| stored | bf16 (classifier fp16) |
+
+FID here is under the bundled classifier against the 50,000 training images, and compares with nothing but itself:
+real test images {metrics["fid_test_images"]:.3f}, their reconstructions by the autoencoder {metrics["fid_vae_reconstructions"]:.3f} (the floor of anything sampled),
+each with N = {metrics["fid_n"]}. FID of samples is measured by `dite eval fid builtin:cifar10-dit --protocol cifar10-5k`; see dite's README.
+
+Labels are 0 to 9; the null label of classifier-free guidance is 1000, as DiTPipeline wants it.
+"""
+
+
+def _finish_configs(folder: Path, names: list[str]) -> None:
+    """Keep `id2label`, which save_pretrained drops, and no path of the machine it was trained on."""
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        values = json.loads(path.read_text())
+        values.pop("_name_or_path", None)
+        if path.name == "model_index.json":
+            values["id2label"] = {str(label): name for label, name in enumerate(names)}
+        path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,128 @@
+"""Train the built-in model: autoencoder, classifier, diffusion model; then export the folder that ships as `builtin:cifar10-dit`.
+
+    python recipes/cifar10_dit/train.py --data DATA --out RUN [--preset cpu|gpu|smoke] [--stages vae,classifier,dit,export] [--set dit.epochs=80]
+
+Interrupt it when you like: the same command goes on from the last checkpoint.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+import classifier
+import dit
+import vae
+from data import Split, load_split
+from dite_evals.classifier import SmallClassifier
+from loop import Run, StageSettings, fit, load_average
+
+HERE = Path(__file__).parent
+STAGES = ("vae", "classifier", "dit", "export")
+
+
+class Settings(BaseModel):
+    """A preset: one block a stage."""
+
+    model_config = ConfigDict(extra="forbid")
+    seed: int
+    vae: StageSettings
+    classifier: StageSettings
+    dit: StageSettings
+
+
+def main() -> None:
+    arguments = parse()
+    settings = resolve(arguments.preset, arguments.set)
+    torch.manual_seed(settings.seed)
+    device = torch.device(arguments.device)
+    run = Run(folder=arguments.out, device=device, seed=settings.seed, compile=arguments.compile)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "settings.json").write_text(json.dumps(settings.model_dump(), indent=1))
+    train = _limit(load_split(arguments.data, "train"), arguments.limit)
+    for stage in arguments.stages:
+        if stage == "vae":
+            train_vae(train, settings, run)
+        elif stage == "classifier":
+            train_classifier(train, settings, run)
+        elif stage == "dit":
+            train_dit(train, settings, run)
+        else:
+            import export
+
+            test = _limit(load_split(arguments.data, "test"), arguments.limit)
+            print(export.export(train, test, run, arguments.preset, load_vae(run, train)))
+
+
+def train_vae(train: Split, settings: Settings, run: Run) -> None:
+    """Stage 1. Leaves `vae/checkpoint.safetensors`."""
+    model = vae.build().to(run.device)
+    fit("vae", model, vae.make_loss(model, train.images, run.device), len(train.images), settings.vae, run)
+
+
+def train_classifier(train: Split, settings: Settings, run: Run) -> None:
+    """Stage 2. Leaves `classifier/checkpoint.safetensors`."""
+    model = SmallClassifier(len(train.names)).to(run.device)
+    loss = classifier.make_loss(model, train.images, train.labels, run.device)
+    fit("classifier", model, loss, len(train.images), settings.classifier, run)
+
+
+def train_dit(train: Split, settings: Settings, run: Run) -> None:
+    """Stage 3, on latents encoded once, with their mirror images. Leaves `dit/checkpoint.safetensors`."""
+    autoencoder = load_vae(run, train)
+    latents = torch.cat([vae.encode(autoencoder, images, run.device).half() for images in (train.images, train.images.flip(-1))])
+    torch.manual_seed(settings.seed)
+    model = dit.build().to(run.device)
+    loss = dit.make_loss(model, latents, train.labels, run.device, run.compile)
+    fit("dit", model, loss, len(train.images), settings.dit, run)
+
+
+def load_vae(run: Run, train: Split):
+    """The trained autoencoder with standardised latents."""
+    model = vae.build().to(run.device)
+    load_average(run.folder / "vae" / "checkpoint.safetensors", model)
+    vae.standardize_(model, vae.encode(model, train.images[:10000], run.device))
+    return model
+
+
+def resolve(preset: str, overrides: list[str]) -> Settings:
+    """A preset with `stage.key=value` overrides applied."""
+    values = yaml.safe_load((HERE / "presets.yaml").read_text())[preset]
+    for override in overrides:
+        path, _, value = override.partition("=")
+        *parents, key = path.split(".")
+        block = values
+        for parent in parents:
+            block = block[parent]
+        block[key] = yaml.safe_load(value)
+    return Settings.model_validate(values)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train-*.parquet and test-*.parquet")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the exported model")
+    parser.add_argument("--preset", default="cpu", choices=("cpu", "gpu", "smoke"))
+    parser.add_argument("--stages", default=",".join(STAGES), type=lambda text: text.split(","), help="comma-separated, in order")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset's value, e.g. dit.epochs=80")
+    parser.add_argument("--limit", type=int, default=None, help="use only the first N images of each split")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the diffusion model")
+    arguments = parser.parse_args()
+    unknown = set(arguments.stages) - set(STAGES)
+    if unknown:
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; use {', '.join(STAGES)}")
+    return arguments
+
+
+def _limit(split: Split, count: int | None) -> Split:
+    return Split(split.images[:count], split.labels[:count], split.names)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    main()
