@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(READY)
 	$(BIN)/dite quantize $(MODEL) --recipe w4a8 -o $(SMALL) --overwrite
 	$(BIN)/dite generate $(SMALL) -n 10 --seed 0 --compare $(MODEL) -o demo/pictures --overwrite
-	$(BIN)/dite eval fidelity $(SMALL) --baseline $(MODEL) --n 32 -o demo/report --overwrite
+	$(BIN)/dite eval fidelity $(SMALL) --baseline $(MODEL) --n 32 -o demo/report
 	@echo
 	@echo "Look at:"
 	@echo "  demo/pictures/compare.png   the same ten pictures at full precision, at 4 bits, and 8 times their difference"
@@ -43,7 +43,7 @@ test: lint
 	@$(BIN)/python -m pytest; status=$$?; echo $$status > $(VENV)/.pytest-status; exit $$status
 
 lint: $(READY)
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --output-format concise .
 
 clean:
 	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis

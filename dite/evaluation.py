@@ -239,15 +239,19 @@ def model_digest(pipe: Any) -> str:
 
 
 def _configuration(job: _Job, pipe: Any) -> dict[str, Any]:
-    protocol = job.settings.model_dump(exclude={"description", "kind", "name", "dtype"} | (set() if job.settings.prompts else {"prompts"}))
-    facts = {
+    from dite.sampling import takes_classes
+
+    left_out = {"description", "kind", "name", "dtype"} | ({"prompts"} if takes_classes(pipe) else set())
+    return {
         "model": source_name(job.model),
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": dtype_name(pipe),
         "device": str(pipe.device),
+        "protocol": job.settings.name,
+        "overrides": job.changed,
+        **job.settings.model_dump(exclude=left_out),
     }
-    return facts | {"protocol": job.settings.name, "overrides": job.changed} | protocol
 
 
 def source_name(source: Any) -> str:

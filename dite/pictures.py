@@ -23,7 +23,9 @@ def to_png(image: torch.Tensor, metadata: dict[str, Any] | None = None) -> bytes
 
     Deterministic: no time, a fixed compression level, sorted keys.
     """
-    assert image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3, f"an image is uint8 [3, H, W], not {image.dtype} {list(image.shape)}"
+    assert image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3, (
+        f"an image is uint8 [3, H, W], not {image.dtype} {list(image.shape)}"
+    )
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_text("dite", json.dumps(metadata, sort_keys=True))

@@ -23,7 +23,7 @@ def tiny_pipeline():
     """A DiTPipeline of 2 blocks, width 48 (3 heads of 16), 10 classes, 8×8 latents and a 32×32 autoencoder."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    transformer = DiTTransformer2DModel(num_attention_heads=3, attention_head_dim=16, in_channels=4, num_layers=2, sample_size=8, norm_num_groups=4)
+    transformer = DiTTransformer2DModel(num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8, norm_num_groups=4)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,

@@ -18,12 +18,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from dite.checkpoint.format import FORMAT_VERSION
+from dite.checkpoint.register import register_with_diffusers
 from dite.errors import CheckpointError
 from dite.models.planning import make_plan
 from dite.quant.apply import insert_empty_layers_, quantize_linears_, quantized_layers
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan, StoredPlan
-from dite.recipe import QuantRecipe, load_recipe
+from dite.recipe import Defaults, QuantRecipe, load_recipe
 
 
 class DiteMethod(str, Enum):  # noqa: UP042 - diffusers compares with plain strings
@@ -56,11 +57,11 @@ class DiteConfig(QuantizationConfigMixin):
         self.recipe = None if layers is not None else load_recipe("w4a8" if recipe is None else recipe)
         try:
             self.plan = StoredPlan(layers=layers or {}, skipped=skipped or {})
+            self.defaults = None if defaults is None else Defaults.model_validate(defaults)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise CheckpointError("quantization_config can't be read", f"{where}: {first['msg']}", "is config.json damaged?") from error
-        self.defaults = defaults
         self.calibration = calibration
 
     @classmethod
@@ -73,7 +74,8 @@ class DiteConfig(QuantizationConfigMixin):
         values = {"quant_method": self.quant_method.value, "format_version": self.format_version}
         if self.recipe is not None:
             return values | {"recipe": self.recipe.model_dump(mode="json", exclude_unset=True)}
-        return values | {"defaults": self.defaults, **self.plan.model_dump(mode="json"), "calibration": self.calibration}
+        defaults = self.defaults and self.defaults.model_dump(mode="json")
+        return values | {"defaults": defaults, **self.plan.model_dump(mode="json"), "calibration": self.calibration}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -155,3 +157,6 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+register_with_diffusers()

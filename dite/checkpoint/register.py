@@ -1,10 +1,12 @@
 """Teach diffusers the name `dite`, without importing diffusers: it costs seconds, and `import dite` must stay cheap."""
 
 import sys
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 
 TARGET = "diffusers.quantizers.auto"
+QUANTIZER = "dite.checkpoint.diffusers_quantizer"
 
 
 def register_with_diffusers() -> None:
@@ -16,11 +18,14 @@ def register_with_diffusers() -> None:
 
 
 def _fill(auto) -> None:
-    from dite.checkpoint.diffusers_quantizer import DiteConfig, DiteQuantizer
-
+    quantizer = sys.modules.get(QUANTIZER)
+    if quantizer is None:
+        quantizer = import_module(QUANTIZER)
+    elif not hasattr(quantizer, "DiteQuantizer"):
+        return  # it is what imported diffusers, and is half-way through: it registers itself at its end
     # Mutated, never rebound: other modules hold references to these dictionaries.
-    auto.AUTO_QUANTIZER_MAPPING["dite"] = DiteQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["dite"] = DiteConfig
+    auto.AUTO_QUANTIZER_MAPPING["dite"] = quantizer.DiteQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["dite"] = quantizer.DiteConfig
 
 
 class _AfterImport(MetaPathFinder):

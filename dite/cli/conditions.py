@@ -37,13 +37,17 @@ def conditions(pipe, classes: list[str], prompts: list[str], count: int | None) 
 
     if takes_classes(pipe):
         if prompts:
-            raise UsageError("--prompt can't be used here", f"{type(pipe).__name__} draws classes and reads no text", "use --class NAME or --class ID")
+            raise UsageError(
+                "--prompt can't be used here", f"{type(pipe).__name__} draws classes and reads no text", "use --class NAME or --class ID"
+            )
         names = class_names(pipe)
         ids = resolve_conditions(pipe, classes) or class_ids(pipe)[: count or DEFAULT_COUNT]
         asked = [Condition(number, names.get(number, str(number))) for number in ids]
     else:
         if classes:
-            raise UsageError("--class can't be used here", f"{type(pipe).__name__} draws from prompts and knows no classes", 'use --prompt "a ship at sea"')
+            raise UsageError(
+                "--class can't be used here", f"{type(pipe).__name__} draws from prompts and knows no classes", 'use --prompt "a ship at sea"'
+            )
         if not prompts:
             raise UsageError("no --prompt", f"{type(pipe).__name__} draws from prompts", 'for example --prompt "a ship at sea"')
         asked = [Condition(text, text) for text in prompts]

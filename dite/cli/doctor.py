@@ -32,7 +32,11 @@ def doctor(json: options.Json = False, no_progress: options.NoProgress = False, 
         "devices": [] if missing else _devices(),
         "backends": [] if missing else _backends(),
     }
-    failure = UnsupportedEnvironment(f"missing packages: {', '.join(missing)}", "dite can't run without them", "install dite again with pip") if missing else None
+    failure = (
+        UnsupportedEnvironment(f"missing packages: {', '.join(missing)}", "dite can't run without them", "install dite again with pip")
+        if missing
+        else None
+    )
     return Answer(document, _table(document), failure)
 
 
@@ -47,7 +51,9 @@ def _cpu() -> dict[str, object]:
     """Model name, cores this process may use, and the instruction sets that our kernels ask for."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    entries = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))  # reversed: the first core's entry wins
+    entries = dict(
+        reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line])
+    )  # reversed: the first core's entry wins
     flags = set((entries.get("flags") or entries.get("Features") or "").split())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"name": entries.get("model name", platform.processor()), "cores": cores, "flags": [flag for flag in CPU_FLAGS if flag in flags]}
@@ -87,7 +93,9 @@ def _table(document: dict) -> Group:
         packages.add_row(name, version or ("[red]missing[/red]" if name in REQUIRED else "[dim]not installed (optional)[/dim]"))
     backends = _columns()
     for backend in document["backends"]:
-        backends.add_row(f"[{'green' if backend['ok'] else 'dim'}]{backend['name']}[/]", ("yes" if backend["ok"] else "no") + f": {backend['reason']}")
+        backends.add_row(
+            f"[{'green' if backend['ok'] else 'dim'}]{backend['name']}[/]", ("yes" if backend["ok"] else "no") + f": {backend['reason']}"
+        )
     return Group(facts, "", "[bold]packages[/bold]", packages, "", "[bold]kernel backends[/bold]", backends)
 
 

@@ -1,6 +1,6 @@
 """Errors as people meet them: what went wrong, why, what to try; and an exit code that scripts can rely on.
 
-    0 ok   1 failure   2 usage   3 unsupported   4 quality gate failed   5 resume conflict   130 interrupted
+0 ok   1 failure   2 usage   3 unsupported   4 quality gate failed   5 resume conflict   130 interrupted
 """
 
 import difflib
@@ -21,7 +21,9 @@ class Interrupted(DiteError):
 
 
 def interrupted() -> Interrupted:
-    return Interrupted("interrupted", "Ctrl-C, or the signal it sends", "outputs are renamed into place when complete, so none is half written; run it again")
+    return Interrupted(
+        "interrupted", "Ctrl-C, or the signal it sends", "outputs are renamed into place when complete, so none is half written; run it again"
+    )
 
 
 def explained(error: BaseException) -> DiteError:
@@ -34,7 +36,9 @@ def explained(error: BaseException) -> DiteError:
         return _usage(error)
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        return DiteError(f"{error.strerror}{where}", "the operating system refused to read or write", "check the path, its permissions and the space on that disk")
+        return DiteError(
+            f"{error.strerror}{where}", "the operating system refused to read or write", "check the path, its permissions and the space on that disk"
+        )
     text = " ".join(str(error).split()) or "no message"
     return DiteError(
         f"{type(error).__name__}: {text}",

@@ -50,12 +50,18 @@ def generate(
     model: options.Model,
     output: options.Output,
     class_: Annotated[list[str] | None, typer.Option("--class", metavar="NAME|ID", help="A class to draw. Repeatable; pictures take turns.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="A text to draw, where the model reads text. Repeatable.")] = None,
-    count: Annotated[int | None, typer.Option("-n", "--count", help="How many pictures; one of each class or prompt given, or 8.", min=1, show_default=False)] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="A text to draw, where the model reads text. Repeatable.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("-n", "--count", help="How many pictures; one of each class or prompt given, or 8.", min=1, show_default=False)
+    ] = None,
     seed: options.Seed = 0,
     steps: options.Steps = 50,
     guidance: options.Guidance = 4.0,
-    compare: Annotated[str | None, typer.Option("--compare", metavar="BASE", help="Draw the same pictures with BASE too, and write compare.png.")] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="BASE", help="Draw the same pictures with BASE too, and write compare.png.")
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.Precision = None,
     overwrite: options.Overwrite = False,
@@ -74,7 +80,9 @@ def generate(
     job = Job(wanted, [seed + index for index in range(len(wanted))], steps, guidance, precision, device)
     names = [f"{index:04}-{condition.slug}-seed{one}.png" for index, (condition, one) in enumerate(zip(job.wanted, job.seeds, strict=True))]
     if dry_run:
-        return Answer({"dry_run": True, "images": [str(output / name) for name in names]} | _facts(job), "\n".join(str(output / name) for name in names))
+        return Answer(
+            {"dry_run": True, "images": [str(output / name) for name in names]} | _facts(job), "\n".join(str(output / name) for name in names)
+        )
     with progress(no_progress) as tick:
         drawn = draw(pipe, job, tick, model)
         del pipe  # two large models need not fit side by side
@@ -106,7 +114,9 @@ def describe(job: Job, model: str, drawn: Drawn) -> list[dict[str, Any]]:
     """For each picture, what is needed to make it again: its index too, since a sample's row in its micro-batch decides the last bits."""
     shared = {"model": model, "steps": job.steps, "guidance": job.guidance, "dtype": drawn.dtype, "version": dite.__version__}
     return [
-        ({"class": one.value, "class_name": one.name} if isinstance(one.value, int) else {"prompt": one.value}) | {"seed": seed, "index": index} | shared
+        ({"class": one.value, "class_name": one.name} if isinstance(one.value, int) else {"prompt": one.value})
+        | {"seed": seed, "index": index}
+        | shared
         for index, (one, seed) in enumerate(zip(job.wanted, job.seeds, strict=True))
     ]
 
@@ -145,7 +155,10 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 def _pictures_in(folder: Path) -> list[Path]:
     """What an earlier run wrote here, and nothing else."""
-    return [*folder.glob("[0-9][0-9][0-9][0-9]-*-seed*.png"), *(folder / name for name in ("grid.png", "compare.png", METADATA) if (folder / name).exists())]
+    return [
+        *folder.glob("[0-9][0-9][0-9][0-9]-*-seed*.png"),
+        *(folder / name for name in ("grid.png", "compare.png", METADATA) if (folder / name).exists()),
+    ]
 
 
 def _facts(job: Job) -> dict[str, Any]:

@@ -17,7 +17,10 @@ class DType(StrEnum):
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or builtin:NAME.", show_default=False)]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe from `dite recipes`, or a YAML file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, as defaults.token.weight.group_size=64. Repeatable.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, as defaults.token.weight.group_size=64. Repeatable."),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
 Precision = Annotated[DType | None, typer.Option("--dtype", help="Load the model in this precision; as stored unless given.", show_default=False)]

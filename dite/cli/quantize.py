@@ -46,7 +46,13 @@ def quantize(
 
 def _planned(plan, output) -> Answer:
     layers = [
-        {"name": layer.name, "kind": layer.kind, "in_features": layer.in_features, "out_features": layer.out_features, "scheme": layer.scheme.model_dump(mode="json")}
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "scheme": layer.scheme.model_dump(mode="json"),
+        }
         for layer in plan.layers
     ]
     table = Table("layer", "kind", "in", "out", "weight", "activation", box=None, padding=(0, 2, 0, 0))
@@ -54,7 +60,9 @@ def _planned(plan, output) -> Answer:
         weight, activation = layer["scheme"]["weight"], layer["scheme"]["activation"]
         groups = f"groups of {weight['group_size']}" if weight["group_size"] else "per channel"
         per = f"{activation['num_bits']} bits a {activation['granularity']}" if activation else "as it is"
-        table.add_row(layer["name"], layer["kind"], str(layer["in_features"]), str(layer["out_features"]), f"{weight['num_bits']} bits, {groups}", per)
+        table.add_row(
+            layer["name"], layer["kind"], str(layer["in_features"]), str(layer["out_features"]), f"{weight['num_bits']} bits, {groups}", per
+        )
     skipped = [f"skipped {name}: {reason}" for name, reason in plan.skipped.items()]
     total = f"{len(layers)} layers, about {megabytes(plan.estimated_bytes)}; nothing was written to {output}"
     document = {"dry_run": True, "output": str(output), "layers": layers, "skipped": plan.skipped, "estimated_bytes": plan.estimated_bytes}
@@ -64,9 +72,14 @@ def _planned(plan, output) -> Answer:
 def _summary(document: dict, model: str) -> Group:
     """From how much to how much, where it hurts most, and what to do next."""
     before, after, output = document["baseline_bytes"], document["bytes"], document["output"]
-    ratio = f"{before / after:.2f} times smaller" if after < before else "no smaller, since what was not quantized kept its precision: try --dtype bfloat16"
+    ratio = (
+        f"{before / after:.2f} times smaller"
+        if after < before
+        else "no smaller, since what was not quantized kept its precision: try --dtype bfloat16"
+    )
     size = f"{megabytes(before)} in bf16 → {megabytes(after)}: {ratio}"
-    cost = f"{document['seconds']:.1f} s, peak memory {megabytes(document['peak_memory_bytes'])}, {len(document['layers'])} layers, {len(document['skipped'])} left alone"
+    layers = f"{len(document['layers'])} layers, {len(document['skipped'])} left alone"
+    cost = f"{document['seconds']:.1f} s, peak memory {megabytes(document['peak_memory_bytes'])}, {layers}"
     measured = [layer for layer in document["layers"] if layer.get("error") is not None]
     worst = Table("largest errors", "bits", "relative error", box=None, padding=(0, 2, 0, 0))
     for layer in sorted(measured, key=lambda layer: -layer["error"])[:WORST]:

@@ -19,7 +19,9 @@ class Kind(StrEnum):
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this recipe as YAML; all are listed without it.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this recipe as YAML; all are listed without it.", show_default=False)
+    ] = None,
     kind: Annotated[Kind, typer.Option("--kind", help="Recipes for `dite quantize`, or protocols for `dite eval`.")] = Kind.quant,
     json: options.Json = False,
     no_progress: options.NoProgress = False,
@@ -41,5 +43,7 @@ def _summary(kind: Kind, name: str) -> dict[str, str]:
 def _text(kind: Kind, name: str) -> str:
     known = recipe_names(kind)
     if name not in known:
-        raise RecipeError(f"no {kind} recipe named {name}", f"known: {', '.join(known) or 'none'}", _did_you_mean(name, known) or "`dite recipes` lists them")
+        raise RecipeError(
+            f"no {kind} recipe named {name}", f"known: {', '.join(known) or 'none'}", _did_you_mean(name, known) or "`dite recipes` lists them"
+        )
     return (recipe_folder(kind) / f"{name}.yaml").read_text(encoding="utf-8")

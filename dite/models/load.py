@@ -57,7 +57,7 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None) -> Any
     try:
         if isinstance(source, Path) and not (source / "model_index.json").is_file():
             return _model_class(source).from_pretrained(source, torch_dtype=dtype)
-        return diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        return diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, **_labels(source))
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"can't load {source}", reason, "is the folder complete, and made by diffusers' save_pretrained or dite.save?") from error
@@ -84,6 +84,12 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype}", f"known: {', '.join(DTYPES)}", "for example --dtype bfloat16")
     return DTYPES[dtype]
+
+
+def _labels(source: Path | str) -> dict[str, dict[int, str]]:
+    """`id2label` with integer keys: JSON has strings only, and diffusers warns about those at every load."""
+    stored = json.loads((source / "model_index.json").read_text(encoding="utf-8")).get("id2label") if isinstance(source, Path) else None
+    return {"id2label": {int(label): name for label, name in stored.items()}} if isinstance(stored, dict) else {}
 
 
 def _model_class(folder: Path) -> type:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 44
@@ -65,12 +66,14 @@ def histogram(values: Sequence[float], mean: float, x_label: str) -> str:
         counts[min(bins - 1, int((value - low) / (high - low) * bins))] += 1
     axes = _Axes((low, high), (0, max(counts)), x_label, "images")
     marks = ""
-    for index, count in enumerate(counts):
-        left, right = axes.x(low + (high - low) * index / bins), axes.x(low + (high - low) * (index + 1) / bins)
-        top = axes.y(count)
-        marks += f'<rect class="bar" x="{left + 0.5:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" height="{axes.y(0) - top:.1f}"><title>{count}</title></rect>'
+    edges = [low + (high - low) * index / bins for index in range(bins + 1)]
+    for (start, end), count in zip(pairwise(edges), counts, strict=True):
+        left, width, top = axes.x(start) + 0.5, axes.x(end) - axes.x(start) - 1, axes.y(count)
+        box = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{axes.y(0) - top:.1f}"'
+        marks += f'<rect class="bar" {box}><title>{start:.4g} to {end:.4g}: {count}</title></rect>'
     if math.isfinite(mean):
-        marks += f'<line class="mean" x1="{axes.x(mean):.1f}" x2="{axes.x(mean):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"><title>mean {mean:.4g}</title></line>'
+        x = f"{axes.x(mean):.1f}"
+        marks += f'<line class="mean" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"><title>mean {mean:.4g}</title></line>'
     return axes.wrap(marks, f"{x_label} of {len(finite)} images, mean {mean:.4g}")
 
 

@@ -111,7 +111,8 @@ def markdown(document: dict[str, Any]) -> str:
     lines += ["", "| configuration | |", "|---|---|"]
     lines += [f"| {_cell(key)} | {_cell(plain(value))} |" for key, value in document["configuration"].items()]
     versions = ", ".join(f"{key} {value}" for key, value in document["environment"].items() if value is not None)
-    return "\n".join([*lines, "", f"Environment: {versions}.", "", "```", document["command"], "```", ""])
+    again = ["```", document["command"], "```", ""] if document["command"] else []
+    return "\n".join([*lines, "", f"Environment: {versions}.", "", *again])
 
 
 def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:

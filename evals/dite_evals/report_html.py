@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from html import escape
+from importlib import resources
 from typing import Any
 
 import torch
@@ -18,46 +19,15 @@ SHEET = 100
 THUMBNAIL_PX = 256
 GAIN = 8
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfaf7; --card: #ffffff; --ink: #1d1f23; --soft: #63676f; --rule: #e3e0d8; --accent: #2459c9; --warm: #c2571a; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14161a; --card: #1c1f25; --ink: #e9e7e2; --soft: #9a9ea8; --rule: #30343c; --accent: #7ea6ff; --warm: #f0a36b; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
-p { margin: 0 0 .8rem; } .soft { color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1.4rem 0; }
-.tile, .card, .plot { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; }
-.tile { padding: .8rem 1rem; } .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.tile.long b { font-size: .95rem; } .tile span { color: var(--soft); font-size: .85rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .7rem; }
-.plot { margin: 0; padding: .8rem .8rem .4rem; } .plot figcaption { font-size: .9rem; color: var(--soft); }
-svg { width: 100%; height: auto; display: block; } svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
-.gridline { stroke: var(--rule); } .axis { stroke: var(--soft); } .line { fill: none; stroke: var(--accent); stroke-width: 2; }
-.dot { fill: var(--accent); } .hover { fill: transparent; } .hover:hover { fill: var(--accent); }
-.bar { fill: var(--accent); opacity: .8; } .mean { stroke: var(--warm); stroke-width: 2; stroke-dasharray: 5 4; }
-.fit { stroke: var(--warm); stroke-width: 1.5; stroke-dasharray: 5 4; } .limit { fill: var(--warm); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .7rem; }
-.card { padding: .6rem; margin: 0; } .trio { display: grid; grid-template-columns: repeat(3, 1fr); gap: .35rem; }
-.trio div { font-size: .72rem; color: var(--soft); text-align: center; }
-img { width: 100%; height: auto; display: block; border-radius: .25rem; background: var(--rule); } img.pixels { image-rendering: pixelated; }
-.card figcaption { display: flex; justify-content: space-between; gap: .6rem; font-size: .85rem; margin-top: .35rem; font-variant-numeric: tabular-nums; }
-.card figcaption span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.table { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; width: 100%; }
-td, th { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
-th { font-weight: 500; color: var(--soft); white-space: nowrap; }
-pre { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; padding: .8rem; overflow-x: auto; font-size: .85rem; }
-"""
-
 
 def render(report: Report, document: dict[str, Any]) -> str:
     """The whole page as text."""
     body = _fidelity(report) if report.kind == "fidelity" else _fid(report)
+    style = resources.files("dite_evals").joinpath("report.css").read_text(encoding="utf-8")
     command = f"<h2>Again</h2><pre>{escape(document['command'])}</pre>" if document["command"] else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<title>{escape(report.title)}</title><style>{style}</style></head><body><main>"
         f'<h1>{escape(report.title)}</h1><p class="soft">{_summary(report)}</p>{_tiles(report)}{body}'
         f"<h2>Configuration</h2>{_table(document['configuration'])}<h2>Environment</h2>{_table(document['environment'])}{command}"
         "</main></body></html>\n"
@@ -67,7 +37,7 @@ def render(report: Report, document: dict[str, Any]) -> str:
 def _summary(report: Report) -> str:
     n = report.metrics["n"]
     if report.kind == "fidelity":
-        return f"{n} images from the same seeds and conditions, once from each model. Higher PSNR and SSIM mean closer to the original; errors are relative to it."
+        return f"{n} images from each model, of the same seeds and conditions. Higher PSNR and SSIM mean closer to the original."
     return f"{n} images against reference statistics. Lower is closer. An FID may be compared only with others of the same protocol, N and extractor."
 
 
@@ -90,9 +60,10 @@ def _worst(report: Report) -> str:
     if report.images is None or report.baseline_images is None:
         return ""
     order = sorted(range(len(report.samples)), key=lambda index: report.samples[index]["psnr"])[:SHOWN]
-    of = f"the {len(order)} worst of {len(report.samples)}" if len(order) < len(report.samples) else f"all {len(order)}"
+    of = f"The {len(order)} worst of {len(report.samples)}" if len(order) < len(report.samples) else f"All {len(order)}"
+    note = f'<p class="soft">{of}; the difference is shown {GAIN} times as strong as it is.</p>'
     cards = "".join(_card(report, index) for index in order)
-    return f'<h2>Worst first</h2><p class="soft">{of[0].upper() + of[1:]}; the difference is shown {GAIN} times as strong as it is.</p><div class="cards">{cards}</div>'
+    return f'<h2>Worst first</h2>{note}<div class="cards">{cards}</div>'
 
 
 def _card(report: Report, index: int) -> str:

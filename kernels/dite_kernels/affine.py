@@ -45,7 +45,7 @@ def to_groups(x_NK: torch.Tensor, group_size: int | None) -> torch.Tensor:
 
 def from_groups(x_NGg: torch.Tensor, columns: int) -> torch.Tensor:
     """[N, G, g] → [N, K], the padding dropped."""
-    return x_NGg.reshape(x_NGg.shape[0], -1)[:, :columns]
+    return x_NGg.flatten(1)[:, :columns]
 
 
 def quantize(x_NK: torch.Tensor, num_bits: int, group_size: int | None, symmetric: bool, half_scales: bool = False) -> Quantized:

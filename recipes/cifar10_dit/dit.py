@@ -24,6 +24,7 @@ def build(patch_size: int = 2, num_layers: int = 10, num_heads: int = 4) -> DiTT
         num_attention_heads=num_heads,
         attention_head_dim=64,
         in_channels=4,
+        out_channels=4,  # DiTPipeline can't do without it
         num_layers=num_layers,
         sample_size=8,
         patch_size=patch_size,

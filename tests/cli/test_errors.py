@@ -83,7 +83,16 @@ def test_an_unknown_command_names_the_nearest(run):
     assert "did you mean 'quantize'?" in outcome.err
 
 
-@pytest.mark.parametrize("arguments", [("quantize", "--recip"), ("quantise",), ("quantize",), ("generate", "m", "-o", "x", "-n", "many"), ("generate", "m", "-o", "x", "--dtype", "int3")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", "--recip"),
+        ("quantise",),
+        ("quantize",),
+        ("generate", "m", "-o", "x", "-n", "many"),
+        ("generate", "m", "-o", "x", "--dtype", "int3"),
+    ],
+)
 def test_usage_errors_are_one_json_document_too(run, arguments):
     outcome = run(*arguments, "--json")
     assert outcome.code == 2 and outcome.document["exit_code"] == 2

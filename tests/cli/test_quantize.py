@@ -75,7 +75,7 @@ def test_a_wrong_recipe_is_answered_with_the_rule(quantize, arguments, words):
 def test_a_model_that_is_quantized_already_is_refused(quantize, run, tmp_path):
     quantize()
     outcome = run("quantize", tmp_path / "small", "-o", tmp_path / "smaller", "--json")
-    assert outcome.code == 3 and outcome.document["error"]["type"] == "UnsupportedModel"
+    assert outcome.code == 2 and "quantized already" in outcome.document["error"]["what"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "quantize"])
@@ -85,9 +85,15 @@ def test_a_missing_model_is_a_usage_error(run, tmp_path, command):
     assert outcome.code == 2 and outcome.document["error"]["type"] == "UsageError"
 
 
-def test_a_model_without_a_transformer_is_unsupported(run, model_folder):
-    outcome = run("inspect", model_folder / "vae", "--json")
+def test_a_model_without_a_transformer_cannot_be_quantized(run, model_folder, tmp_path):
+    outcome = run("quantize", model_folder / "vae", "-o", tmp_path / "small", "--json")
     assert outcome.code == 3 and outcome.document["error"]["type"] == "UnsupportedModel"
+
+
+def test_inspect_says_why_a_model_cannot_be_quantized(run, model_folder):
+    outcome = run("inspect", model_folder / "vae", "--json")
+    assert outcome.code == 0
+    assert outcome.document["supports"]["quantize"]["ok"] is False and outcome.document["supports"]["quantize"]["reason"]
 
 
 def test_inspect_says_what_was_found_and_what_is_supported(run, model_folder):

@@ -74,7 +74,13 @@ def test_no_room_imports_from_a_floor_above_it(trees):
 
 
 def test_the_kernels_import_nothing_of_ours(trees):
-    ours = [f"{path} imports {module}" for path, tree in trees.items() if path.startswith("kernels/") for module in imported(tree) if package(module) in ("dite", "dite_evals")]
+    ours = [
+        f"{path} imports {module}"
+        for path, tree in trees.items()
+        if path.startswith("kernels/")
+        for module in imported(tree)
+        if package(module) in ("dite", "dite_evals")
+    ]
     assert ours == []
 
 
@@ -98,7 +104,11 @@ def test_dite_reaches_the_evals_lazily_and_from_two_places_only(trees):
 
 def test_the_command_line_loads_nothing_heavy(trees):
     heavy = [
-        f"{path} imports {module}" for path, tree in trees.items() if path.startswith("dite/cli/") for module in when_loaded(tree) if package(module) in HEAVY
+        f"{path} imports {module}"
+        for path, tree in trees.items()
+        if path.startswith("dite/cli/")
+        for module in when_loaded(tree)
+        if package(module) in HEAVY
     ]
     assert heavy == []
 

@@ -1,0 +1,91 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dite.errors import QuantizationError, UnsupportedEnvironment
+from dite.quant.linear import QuantLinear, set_backend
+from dite.quant.scheme import ActivationScheme, LayerScheme, WeightScheme
+
+W4A8 = LayerScheme(weight=WeightScheme(num_bits=4, group_size=32), activation=ActivationScheme())
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return QuantLinear.from_linear(nn.Linear(50, 7), W4A8)
+
+
+def test_it_keeps_leading_dimensions_and_dtype(layer):
+    assert layer(torch.randn(2, 3, 50)).shape == (2, 3, 7)
+    assert layer(torch.randn(50)).shape == (7,)
+    assert layer(torch.randn(0, 50)).shape == (0, 7)
+    assert layer.bfloat16()(torch.randn(4, 50).bfloat16()).dtype == torch.bfloat16
+
+
+def test_non_contiguous_input_gives_the_same_result(layer):
+    x = torch.randn(50, 6)
+    assert torch.equal(layer(x.t()), layer(x.t().contiguous()))
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+def test_casting_the_model_leaves_scales_and_codes_as_they_were(layer, cast):
+    before = layer.scale.clone(), layer.qdata.clone()
+    cast(layer)
+    assert layer.scale.dtype == torch.float16 and torch.equal(layer.scale, before[0]) and torch.equal(layer.qdata, before[1])
+    assert layer.bias.dtype != torch.float32
+
+
+def test_it_holds_buffers_and_no_parameters(layer):
+    assert not list(layer.parameters()) and layer.weight is None and isinstance(layer, nn.Linear)
+    assert set(layer.state_dict()) == {"qdata", "scale", "zero_point", "bias"}
+
+
+def test_a_state_dict_with_fp32_scales_keeps_them_fp32(layer):
+    other = QuantLinear(50, 7, W4A8)
+    state = layer.state_dict() | {"scale": layer.scale.float() * 1.0001}
+    other.load_state_dict(state)
+    assert other.scale.dtype == torch.float32 and torch.equal(other.scale, state["scale"])
+
+
+def test_loading_new_weights_after_a_forward_is_not_ignored(layer):
+    x = torch.randn(3, 50)
+    before = layer(x)
+    layer.load_state_dict(QuantLinear.from_linear(nn.Linear(50, 7), W4A8).state_dict())
+    assert not torch.equal(before, layer(x))
+
+
+def test_a_copy_computes_the_same(layer):
+    x = torch.randn(3, 50)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_symmetric_weights_store_no_zero_point():
+    scheme = LayerScheme(weight=WeightScheme(num_bits=4, group_size=16, symmetric=True))
+    assert QuantLinear.from_linear(nn.Linear(32, 3, bias=False), scheme).zero_point is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(bad):
+    linear = nn.Linear(16, 4)
+    with torch.no_grad():
+        linear.weight[1, 2] = bad
+    with pytest.raises(QuantizationError, match=r"blocks\.3\.ff can't be quantized\n1 of its 64"):
+        QuantLinear.from_linear(linear, W4A8, "blocks.3.ff")
+
+
+@pytest.mark.parametrize(("bits", "floor_db"), [(8, 40), (6, 28), (4, 15)])
+def test_signal_to_noise_stays_above_its_floor(bits, floor_db):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(256, 64), torch.randn(100, 256)
+    layer = QuantLinear.from_linear(linear, LayerScheme(weight=WeightScheme(num_bits=bits, group_size=64), activation=ActivationScheme()))
+    noise = layer(x) - linear(x)
+    assert 10 * torch.log10(linear(x).square().sum() / noise.square().sum()) > floor_db
+
+
+def test_a_backend_that_cannot_run_a_layer_is_refused_and_changes_nothing():
+    model = nn.Sequential(QuantLinear(32, 4, W4A8), QuantLinear(32, 4, LayerScheme(weight=WeightScheme())))
+    with pytest.raises(UnsupportedEnvironment, match="weight-only"):
+        set_backend(model, "int_mm")
+    assert [layer.backend for layer in model] == ["auto", "auto"]
