@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ def evaluate(
     latent_relative_error, per_step_error, seconds`. A FID protocol returns `fid, n, interval, fid_infinity, extractor, protocol, seconds`.
     `overrides`: `steps, guidance, dtype, micro_batch` change the protocol, and the result lists them under `overrides`; `device` says where
     sources are loaded; for FID, `batch_size` is how many samples a shard holds (it changes no result), and `force` discards the
-    shards of a run with other settings.
+    shards of a run with other settings; `command` is the command line to put into the report.
 
     `output` receives `report.json`, `report.html` and `report.md`; FID also writes its images beside it (`OUTPUT.samples`), and an
     interrupted run goes on from there. `progress(stage, done, total)`.
@@ -46,6 +45,8 @@ def evaluate(
     from dite_evals.protocols import FidelityProtocol, load_protocol
 
     run = {key: overrides.pop(key) for key in ("device", "batch_size", "force", "command") if key in overrides}
+    if overrides.get("dtype") is not None:
+        overrides["dtype"] = str(overrides["dtype"]).removeprefix("torch.")
     settings, changed = load_protocol(protocol, n=n, seed=seed, **overrides)
     job = _Job(model, settings, changed, Path(output) if output is not None else None, progress or _silent, **run)
     if isinstance(settings, FidelityProtocol):
@@ -71,7 +72,7 @@ class _Job:
     device: str = "cpu"
     batch_size: int | None = None
     force: bool = False
-    command: list[str] | None = None
+    command: Sequence[str] = ()
     start: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self):
@@ -106,7 +107,7 @@ class _Job:
         metrics |= {"protocol": self.settings.name, "overrides": self.changed, "seconds": time.perf_counter() - self.start}
         if self.output is None:
             return metrics
-        paths = write_report(Report(metrics=metrics, command=_command() if self.command is None else self.command, **report), self.output)
+        paths = write_report(Report(metrics=metrics, command=list(self.command), **report), self.output)
         return metrics | {"report": paths}
 
 
@@ -227,10 +228,7 @@ def model_digest(pipe: Any) -> str:
 
     digest = hashlib.sha256(type(pipe).__name__.encode())
     for name, part in sorted(pipe.components.items()):
-        config = (
-            {key: value for key, value in dict(getattr(part, "config", None) or {}).items() if key != "_name_or_path"} if part is not None else None
-        )
-        digest.update(f"{name} {type(part).__name__} {json.dumps(config, sort_keys=True, default=_as_json)}".encode())
+        digest.update(f"{name} {type(part).__name__} {json.dumps(_config_of(part), sort_keys=True, default=_as_json)}".encode())
         if isinstance(part, torch.nn.Module):
             for key, value in sorted(part.state_dict().items()):
                 digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
@@ -261,13 +259,20 @@ def source_name(source: Any) -> str:
 
 def dtype_name(pipe: Any) -> str:
     """`float32` and the like: the dtype that the denoiser computes in."""
-    return str(pipe.transformer.dtype).removeprefix("torch.")
+    from dite.models.access import the_denoiser
+
+    return str(the_denoiser(pipe).dtype).removeprefix("torch.")
 
 
 def _names(pipe: Any) -> dict[int, str]:
     from dite.sampling import class_names
 
     return class_names(pipe)
+
+
+def _config_of(part: Any) -> dict[str, Any]:
+    config = getattr(part, "config", None) or {}
+    return {key: value for key, value in dict(config.to_dict() if hasattr(config, "to_dict") else config).items() if key != "_name_or_path"}
 
 
 def _as_json(value: Any) -> Any:
@@ -278,12 +283,6 @@ def _stack(images: list) -> Any:
     import torch
 
     return torch.stack(images)
-
-
-def _command() -> list[str]:
-    """The command line that runs us, or nothing when we are called from Python."""
-    program = Path(sys.argv[0]).name if sys.argv else ""
-    return [program, *sys.argv[1:]] if program == "dite" else []
 
 
 def _silent(_stage: str, _done: int, _total: int) -> None:

@@ -19,7 +19,6 @@ def one_thread():
 
 @pytest.fixture
 def pipe(tiny_pipeline):
-    tiny_pipeline.transformer.register_to_config(out_channels=4)
     return tiny_pipeline
 
 
@@ -135,6 +134,42 @@ def test_settings_that_cannot_be_sampled_are_refused(settings):
 def test_a_bare_model_is_refused(pipe):
     with pytest.raises(UnsupportedModel, match="whole diffusers pipeline"):
         sample(pipe.transformer, [1], [1])
+
+
+@pytest.fixture
+def text_pipe():
+    """A pipeline that draws from prompts: its image is its noise, pulled towards the prompt's length."""
+    from types import SimpleNamespace
+
+    from diffusers import DDIMScheduler, DiffusionPipeline
+    from diffusers.utils.torch_utils import randn_tensor
+
+    class TextPipeline(DiffusionPipeline):
+        def __init__(self, scheduler):
+            super().__init__()
+            self.register_modules(scheduler=scheduler)
+
+        def __call__(self, prompt, guidance_scale=1.0, num_inference_steps=5, generator=None, output_type="pil"):
+            latents = randn_tensor((len(prompt), 3, 6, 5), generator=generator)
+            self.scheduler.set_timesteps(num_inference_steps)
+            for t in self.scheduler.timesteps:
+                pull = torch.tensor([len(text) for text in prompt])[:, None, None, None] / 10
+                latents = self.scheduler.step(latents * guidance_scale / 4 - pull, t, latents, return_dict=False)[0]
+            return SimpleNamespace(images=(latents / 2 + 0.5).clamp(0, 1))
+
+    return TextPipeline(DDIMScheduler())
+
+
+def test_a_text_pipeline_draws_one_image_a_prompt(text_pipe):
+    few = list(sample(text_pipe, ["a ship", "a horse"], [1, 2], QUICK, trajectory=True))
+    many = list(sample(text_pipe, ["a ship", "a horse", "x", "y", "z"], range(1, 6), QUICK))
+    assert few[1].image.shape == (3, 6, 5) and len(few[1].trajectory) == 3 and few[1].condition == "a horse"
+    assert torch.equal(few[1].image, many[1].image)
+
+
+def test_a_class_id_is_no_prompt(text_pipe):
+    with pytest.raises(UsageError, match="conditioned on text"):
+        sample(text_pipe, [3], [1])
 
 
 def test_names_ids_and_decimal_strings_resolve(pipe):

@@ -24,7 +24,9 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run; the p
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write report.json, report.html and report.md there.", show_default=False)
 ]
-FailIf = Annotated[list[str] | None, typer.Option("--fail-if", metavar="EXPR", help="Exit with code 4 if this holds, as 'psnr.mean<30'. Repeatable.")]
+FailIf = Annotated[
+    list[str] | None, typer.Option("--fail-if", metavar="EXPR", help="Exit with code 4 if this holds, as 'psnr.mean<30' or 'fid>12'. Repeatable.")
+]
 
 
 @app.command()
@@ -46,8 +48,9 @@ def fidelity(
     """Compare a model with its original on the same seeds: PSNR, SSIM, latent and per-step error."""
     gates = parse_gates(fail_if, FIDELITY_KEYS)
     changes = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "dtype": dtype and dtype.value}
+    command = _again("fidelity", model, baseline=baseline, device=device, **changes)
     with progress(no_progress) as tick:
-        metrics = dite.evaluate(model, "fidelity-128", baseline=baseline, output=output, progress=tick, device=device, **changes)
+        metrics = dite.evaluate(model, "fidelity-128", baseline=baseline, output=output, progress=tick, device=device, command=command, **changes)
     return _answer(metrics, gates)
 
 
@@ -77,8 +80,10 @@ def fid(
     gates = parse_gates(fail_if, FID_KEYS)
     load_protocol(protocol, kind="fid")
     changes = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "dtype": dtype and dtype.value}
+    command = _again("fid", model, protocol=protocol, device=device, **changes)
+    run = {"device": device, "batch_size": batch_size, "force": force, "command": command}
     with progress(no_progress) as tick:
-        metrics = dite.evaluate(model, protocol, output=output, progress=tick, device=device, batch_size=batch_size, force=force, **changes)
+        metrics = dite.evaluate(model, protocol, output=output, progress=tick, **run, **changes)
     return _answer(metrics, gates)
 
 
@@ -96,6 +101,11 @@ def compare(
     comparison = compare_reports(first, second)
     lines = [f"{row['metric']:24} {row['a']:12.5g} {row['b']:12.5g} {row['difference']:+12.4g}" for row in comparison["rows"]]
     return Answer(comparison, "\n".join([f"{'':24} {'A':>12} {'B':>12} {'B - A':>12}", *lines, comparison["verdict"]]).rstrip())
+
+
+def _again(name: str, model: str, **flags: Any) -> list[str]:
+    """The command that measures the same again: without what changes no figure."""
+    return ["dite", "eval", name, model, *(part for key, value in flags.items() if value is not None for part in (f"--{key}", str(value)))]
 
 
 def _answer(metrics: dict[str, Any], gates: list[Gate]) -> Answer:

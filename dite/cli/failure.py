@@ -8,6 +8,8 @@ import sys
 import traceback
 from typing import TextIO
 
+import typer
+
 from dite.cli.output import print_json
 from dite.errors import DiteError, UsageError
 
@@ -30,7 +32,7 @@ def explained(error: BaseException) -> DiteError:
     """Any exception as an error with three lines."""
     if isinstance(error, DiteError):
         return error
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | typer.Abort):  # Abort is what older typers make of Ctrl-C
         return interrupted()
     if is_usage(error):
         return _usage(error)

@@ -32,8 +32,6 @@ class Job:
     seeds: list[int]
     steps: int
     guidance: float
-    dtype: str | None
-    device: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def generate(
     precision = dtype and dtype.value
     pipe = load_pipeline(model, dtype=precision, device=device)
     wanted = conditions(pipe, class_ or [], prompt or [], count)
-    job = Job(wanted, [seed + index for index in range(len(wanted))], steps, guidance, precision, device)
+    job = Job(wanted, [seed + index for index in range(len(wanted))], steps, guidance)
     names = [f"{index:04}-{condition.slug}-seed{one}.png" for index, (condition, one) in enumerate(zip(job.wanted, job.seeds, strict=True))]
     if dry_run:
         return Answer(
@@ -147,7 +145,7 @@ def write(folder: Path, names: list[str], metadata: list[dict], rows: dict[str, 
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that is already there; with `overwrite`, one that holds anything but pictures of ours is used, and the rest left alone."""
+    """Refuse a folder that holds something, unless `overwrite`: then our pictures in it are replaced, and other files left alone."""
     if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not overwrite):
         kind = "is a file" if folder.is_file() else "is not empty"
         raise OutputExists(f"{folder} {kind}", "pictures are not written over others without being told", "use --overwrite, or another -o")

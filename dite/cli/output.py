@@ -40,7 +40,7 @@ def print_answer(answer: Answer, stdout: TextIO, as_json: bool) -> None:
     elif isinstance(answer.human, str):
         stdout.write(answer.human.rstrip("\n") + "\n")
     else:
-        Console(file=stdout, width=None if stdout.isatty() else PIPED_WIDTH).print(answer.human)
+        Console(file=stdout, emoji=False, width=None if stdout.isatty() else PIPED_WIDTH).print(answer.human)
     stdout.flush()
 
 

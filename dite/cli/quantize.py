@@ -1,6 +1,7 @@
 """`dite quantize`: a model, a recipe, a folder."""
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 import dite
@@ -66,7 +67,7 @@ def _planned(plan, output) -> Answer:
     skipped = [f"skipped {name}: {reason}" for name, reason in plan.skipped.items()]
     total = f"{len(layers)} layers, about {megabytes(plan.estimated_bytes)}; nothing was written to {output}"
     document = {"dry_run": True, "output": str(output), "layers": layers, "skipped": plan.skipped, "estimated_bytes": plan.estimated_bytes}
-    return Answer(document, Group(table, *skipped, total))
+    return Answer(document, Group(table, *map(escape, skipped), escape(total)))
 
 
 def _summary(document: dict, model: str) -> Group:
@@ -88,4 +89,4 @@ def _summary(document: dict, model: str) -> Group:
         f"next:  dite generate {output} -n 10 --compare {model} -o {output}-pictures",
         f"       dite eval fidelity {output} --baseline {model} --n 32",
     ]
-    return Group(f"[bold]{output}[/bold]  {size}", cost, "", *([worst, ""] if measured else []), *steps)
+    return Group(f"[bold]{escape(output)}[/bold]  {size}", cost, "", *([worst, ""] if measured else []), *map(escape, steps))

@@ -56,8 +56,8 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None) -> Any
 
     try:
         if isinstance(source, Path) and not (source / "model_index.json").is_file():
-            return _model_class(source).from_pretrained(source, torch_dtype=dtype)
-        return diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, **_labels(source))
+            return _model_class(source).from_pretrained(source, **_dtype(dtype))
+        return diffusers.DiffusionPipeline.from_pretrained(source, **_dtype(dtype), **_labels(source))
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"can't load {source}", reason, "is the folder complete, and made by diffusers' save_pretrained or dite.save?") from error
@@ -84,6 +84,14 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype}", f"known: {', '.join(DTYPES)}", "for example --dtype bfloat16")
     return DTYPES[dtype]
+
+
+def _dtype(dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The dtype argument by its name in the installed diffusers, which warns about `torch_dtype` since it has a message to warn with."""
+    from diffusers.utils import deprecation_utils
+
+    renamed = hasattr(deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE")
+    return {} if dtype is None else {"dtype" if renamed else "torch_dtype": dtype}
 
 
 def _labels(source: Path | str) -> dict[str, dict[int, str]]:

@@ -20,6 +20,7 @@ def compare_reports(first: Path, second: Path) -> dict[str, Any]:
     a, b = read_report(first), read_report(second)
     facts_a, facts_b = _facts(a), _facts(b)
     apart = [key for key in facts_a if facts_a[key] != facts_b[key]]
+    apart = ["kind"] if "kind" in apart else apart
     if apart:
         why = "; ".join(f"{key} is {facts_a[key]} in A and {facts_b[key]} in B" for key in apart)
         raise UsageError("these reports can't be compared", why, "measure both under one protocol, with the same settings")

@@ -69,7 +69,8 @@ class Extractor(nn.Module):
 def load_classifier(folder: str | os.PathLike[str]) -> Extractor:
     """The classifier in `folder/classifier` (`config.json`, `model.safetensors`) as an extractor of its pooled features.
 
-    Raises CheckpointError when a file is missing, damaged, or doesn't fit the architecture.
+    Its config needs `_class_name` and `num_classes`; `name` and `image_size` have defaults. Raises CheckpointError when a file is missing,
+    damaged, or doesn't fit the architecture.
     """
     home = Path(folder) / FOLDER
     config = _read_config(home / "config.json")
@@ -92,7 +93,7 @@ def load_classifier(folder: str | os.PathLike[str]) -> Extractor:
         raise CheckpointError(f"{weights} is damaged", "a weight is not finite", "export the model again")
     network.load_state_dict(state)
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return Extractor(network, config["name"], sha256, "uint8/127.5-1", config["image_size"])
+    return Extractor(network, config.get("name", "small-classifier"), sha256, "uint8:[-1,1]", config.get("image_size", 32))
 
 
 def save_classifier(
@@ -101,7 +102,7 @@ def save_classifier(
     """Write `folder/classifier` for `load_classifier`; `facts` (accuracy, data) are kept in its config for people."""
     home = Path(folder) / FOLDER
     home.mkdir(parents=True, exist_ok=True)
-    config = {"name": name, "architecture": "SmallClassifier", "num_classes": classifier.head.out_features, "image_size": image_size, **facts}
+    config = {"_class_name": "SmallClassifier", "name": name, "num_classes": classifier.head.out_features, "image_size": image_size, **facts}
     (home / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in classifier.state_dict().items()}
     save_file(state, home / "model.safetensors", {"format": "pt"})
@@ -112,12 +113,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"can't read {path}", str(error), "this folder holds no classifier; use builtin:cifar10-dit") from error
-    kinds = {"name": str, "num_classes": int, "image_size": int}
-    for key, kind in kinds.items():
-        if not isinstance(config, dict) or not isinstance(config.get(key), kind) or isinstance(config.get(key), bool):
-            raise CheckpointError(
-                f"{path} is no classifier config", f"{key} must be {'text' if kind is str else 'a whole number'}", "export the model again"
-            )
+    if not isinstance(config, dict) or config.get("_class_name") != "SmallClassifier":
+        raise CheckpointError(f"{path} is no classifier config", "_class_name must be SmallClassifier", "export the model again")
+    for key, kind in {"name": str, "num_classes": int, "image_size": int}.items():
+        if not isinstance(config.get(key, "" if kind is str else 1), kind) or isinstance(config.get(key), bool):
+            rule = f"{key} must be {'text' if kind is str else 'a whole number'}"
+            raise CheckpointError(f"{path} is no classifier config", rule, "export the model again")
+    if "num_classes" not in config:
+        raise CheckpointError(f"{path} is no classifier config", "num_classes is missing", "export the model again")
     if not 1 <= config["num_classes"] <= 100_000:
         raise CheckpointError(
             f"{path} is no classifier config", f"num_classes is {config['num_classes']}, allowed are 1 to 100000", "export the model again"

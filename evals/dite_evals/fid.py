@@ -49,6 +49,12 @@ def fid_between(extractor: Extractor, first: torch.Tensor, second: torch.Tensor,
     return frechet_distance(moments(extractor.extract(first, device)), moments(extractor.extract(second, device)))
 
 
+def fid_of_images(extractor: Extractor, images: torch.Tensor, statistics: Statistics, device: torch.device | str = "cpu") -> float:
+    """FID of images, uint8 [N, 3, H, W] with N at least 2, against reference statistics; the bare number."""
+    statistics.require(extractor)
+    return frechet_distance(statistics.moments, moments(extractor.extract(images, device)))
+
+
 def compute_fid(features: torch.Tensor, extractor: Extractor, statistics: Statistics) -> FidResult:
     """FID of features [N, F], N at least 10, against reference statistics of the same extractor.
 

@@ -96,7 +96,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from `low` to `high`: steps of 1, 2 or 5 times a power of ten.
 
     >>> ticks(0, 10), ticks(0.013, 0.0171)
-    ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [0.013, 0.014, 0.015, 0.016, 0.017])
+    ([0, 2, 4, 6, 8, 10], [0.013, 0.014, 0.015, 0.016, 0.017])
     """
     span = (high - low) or abs(high) or 1.0
     raw = span / about

@@ -51,7 +51,7 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(),
         **versions,
@@ -110,7 +110,7 @@ def markdown(document: dict[str, Any]) -> str:
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in headline(document["metrics"])]
     lines += ["", "| configuration | |", "|---|---|"]
     lines += [f"| {_cell(key)} | {_cell(plain(value))} |" for key, value in document["configuration"].items()]
-    versions = ", ".join(f"{key} {value}" for key, value in document["environment"].items() if value is not None)
+    versions = ", ".join(f"{key} {value}" for key, value in document["environment"].items())
     again = ["```", document["command"], "```", ""] if document["command"] else []
     return "\n".join([*lines, "", f"Environment: {versions}.", "", *again])
 
@@ -128,22 +128,21 @@ def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ]
     low, high = metrics["interval"]
     return [
-        (f"FID, N = {metrics['n']}", f"{metrics['fid']:.3f}"),
-        ("95% interval", f"{low:.3f} to {high:.3f}"),
-        ("FID for N → ∞", f"{metrics['fid_infinity']:.3f}"),
+        (f"FID, N = {metrics['n']}", f"{metrics['fid']:.4g}"),
+        ("95% interval", f"{low:.4g} to {high:.4g}"),
+        ("FID for N → ∞", f"{metrics['fid_infinity']:.4g}"),
         ("protocol", metrics["protocol"]),
         ("extractor", short_id(metrics["extractor"])),
     ]
 
 
 def short_id(extractor: str) -> str:
-    """An extractor's id with only 12 digits of its hash, for people.
+    """An extractor's name and the first digits of its hash, for people.
 
     >>> short_id("toy/raw/sha256:0123456789abcdef")
-    'toy/raw/sha256:0123456789ab'
+    'toy (0123456789ab)'
     """
-    head, colon, tail = extractor.rpartition(":")
-    return head + colon + tail[:12]
+    return f"{extractor.partition('/')[0]} ({extractor.rpartition(':')[2][:12]})"
 
 
 def plain(value: Any) -> str:

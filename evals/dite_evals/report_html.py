@@ -38,7 +38,7 @@ def _summary(report: Report) -> str:
     n = report.metrics["n"]
     if report.kind == "fidelity":
         return f"{n} images from each model, of the same seeds and conditions. Higher PSNR and SSIM mean closer to the original."
-    return f"{n} images against reference statistics. Lower is closer. An FID may be compared only with others of the same protocol, N and extractor."
+    return f"{n} images against reference statistics; lower is closer. Compare it only with FIDs of the same protocol, N and extractor."
 
 
 def _tiles(report: Report) -> str:

@@ -58,9 +58,11 @@ class ShardStore:
         batches: list[torch.Tensor] = []
         done = 0
         for path in self._paths():
-            if done >= limit or int(path.stem.removeprefix("shard-")) != done:
+            start = int(path.stem.removeprefix("shard-"))
+            if done >= limit or start > done:
                 break
-            batches.append(self._read_shard(path, done))
+            # Shards overlap where a longer run drew a ragged last micro-batch again; both hold the same images there.
+            batches.append(self._read_shard(path, start)[done - start :])
             done += len(batches[-1])
         return torch.cat(batches)[:limit] if batches else None
 
@@ -81,12 +83,12 @@ class ShardStore:
 
     def _found(self) -> dict[str, Any] | None:
         try:
-            return json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+            return dict(json.loads((self.folder / CONFIG).read_text(encoding="utf-8")))
         except FileNotFoundError:
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise ResumeConflict(f"{self.folder} is not empty", f"it has no {CONFIG}, so it is not ours", "choose another -o") from None
             return None
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ResumeConflict(f"{self.folder / CONFIG} is damaged", str(error), "delete the folder") from error
 
 

@@ -7,16 +7,20 @@ from data import to_signed
 from dite_evals.classifier import SmallClassifier
 
 
-def make_loss(model: SmallClassifier, images: torch.Tensor, labels: torch.Tensor, device: torch.device):
+def make_loss(model: SmallClassifier, images: torch.Tensor, labels: torch.Tensor, device: torch.device, compiled: bool):
     """Loss over `images` uint8 [N, 3, 32, 32] and `labels` int64 [N]."""
     padded = F.pad(images.float(), (4, 4, 4, 4), mode="reflect").to(torch.uint8)
+
+    def scores(x: torch.Tensor) -> torch.Tensor:
+        return model.head(model.features(x))
+
+    forward = torch.compile(scores, dynamic=False) if compiled else scores
 
     def loss(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         x = _shift(padded[indices], torch.randint(9, (2,), generator=generator).tolist())
         flip = torch.rand(len(x), generator=generator) < 0.5
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-        scores = model.head(model.features(to_signed(x).to(device)))
-        return F.cross_entropy(scores.float(), labels[indices].to(device), label_smoothing=0.1)
+        return F.cross_entropy(forward(to_signed(x).to(device)).float(), labels[indices].to(device), label_smoothing=0.1)
 
     return loss
 

@@ -4,8 +4,12 @@ A step depends on nothing but (seed, step): the order of the samples is a permut
 generator seeded by (seed, step). A resumed run therefore repeats what an uninterrupted one would have done, and a checkpoint holds tensors
 and a step number, no random state. The learning rate is constant after its warm-up and falls linearly to zero over the last `decay` of the
 run, so that raising `epochs` later continues from an old checkpoint without a second warm-up.
+
+Under torchrun, ranks split each batch and average gradients. On a shared CPU, two ranks of one thread each beat one process of two threads by
+far: a thread that is preempted stalls its partner at every operation, a rank only once a step.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -14,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -63,7 +68,8 @@ def fit(name: str, model: torch.nn.Module, loss: Loss, num_samples: int, setting
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True)
     average = {key: value.detach().clone() for key, value in parameters.items()}
     start, spent_s = _load(checkpoint, model, average, optimizer) if checkpoint.exists() else (0, 0.0)
-    if start:
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if start and rank == 0:
         print(f"{name}: resumed at step {start} of {total}", file=sys.stderr, flush=True)
 
     model.train()
@@ -78,8 +84,9 @@ def fit(name: str, model: torch.nn.Module, loss: Loss, num_samples: int, setting
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, total, settings)
         with torch.autocast(run.device.type, dtype=torch.bfloat16):
-            value = loss(indices, _generator(run.seed, step, 2))
+            value = loss(indices[rank::world_size], _generator(run.seed, step, 2 + rank))
         value.backward()
+        _average_gradients(list(parameters.values()), world_size)
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -90,7 +97,7 @@ def fit(name: str, model: torch.nn.Module, loss: Loss, num_samples: int, setting
             raise FloatingPointError(f"{name}: loss is {float(value)} at step {step}; lower {name}.learning_rate")
 
         now = time.monotonic()
-        if now - reported > REPORT_EVERY_S or step + 1 == total:
+        if rank == 0 and (now - reported > REPORT_EVERY_S or step + 1 == total):
             done = step + 1 - start
             left_s = (now - began) / done * (total - step - 1)
             rate = done * settings.batch_size / (now - began)
@@ -101,13 +108,15 @@ def fit(name: str, model: torch.nn.Module, loss: Loss, num_samples: int, setting
                 flush=True,
             )
             reported, recent = now, []
-        if now - saved > CHECKPOINT_EVERY_S or step + 1 == total:
+        if rank == 0 and (now - saved > CHECKPOINT_EVERY_S or step + 1 == total):
             _save(checkpoint, parameters, average, optimizer, step + 1, spent_s + now - began)
             saved = now
     with torch.no_grad():
         for key, value in parameters.items():
             value.copy_(average[key])
     model.eval()
+    if world_size > 1:
+        dist.barrier()  # the next stage reads this one's checkpoint
 
 
 def hours_spent(run: Run, name: str) -> float:
@@ -132,7 +141,19 @@ def _schedule(step: int, total: int, settings: StageSettings) -> float:
 
 
 def _generator(seed: int, position: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 4 + stream) * 2**32 + position)
+    # torch's CPU generator looks at the low 32 bits of a seed only, so all three numbers are mixed into those.
+    digest = hashlib.sha256(f"{seed} {position} {stream}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+@torch.no_grad()
+def _average_gradients(parameters: list[torch.Tensor], world_size: int) -> None:
+    if world_size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    torch._foreach_copy_([gradient.view(-1) for gradient in gradients], list((flat / world_size).split([gradient.numel() for gradient in gradients])))
 
 
 def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

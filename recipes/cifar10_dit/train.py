@@ -2,15 +2,18 @@
 
     python recipes/cifar10_dit/train.py --data DATA --out RUN [--preset cpu|gpu|smoke] [--stages vae,classifier,dit,export] [--set dit.epochs=80]
 
-Interrupt it when you like: the same command goes on from the last checkpoint.
+Interrupt it when you like: the same command goes on from the last checkpoint. On a shared CPU, and on several cards, start it by
+`torchrun --nproc-per-node 2 recipes/cifar10_dit/train.py …`.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import yaml
 from pydantic import BaseModel, ConfigDict
 
@@ -40,6 +43,9 @@ def main() -> None:
     settings = resolve(arguments.preset, arguments.set)
     torch.manual_seed(settings.seed)
     device = torch.device(arguments.device)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+        device = device if device.type == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     run = Run(folder=arguments.out, device=device, seed=settings.seed, compile=arguments.compile)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "settings.json").write_text(json.dumps(settings.model_dump(), indent=1))
@@ -51,7 +57,7 @@ def main() -> None:
             train_classifier(train, settings, run)
         elif stage == "dit":
             train_dit(train, settings, run)
-        else:
+        elif not dist.is_initialized() or dist.get_rank() == 0:
             import export
 
             test = _limit(load_split(arguments.data, "test"), arguments.limit)
@@ -67,7 +73,7 @@ def train_vae(train: Split, settings: Settings, run: Run) -> None:
 def train_classifier(train: Split, settings: Settings, run: Run) -> None:
     """Stage 2. Leaves `classifier/checkpoint.safetensors`."""
     model = SmallClassifier(len(train.names)).to(run.device)
-    loss = classifier.make_loss(model, train.images, train.labels, run.device)
+    loss = classifier.make_loss(model, train.images, train.labels, run.device, run.compile)
     fit("classifier", model, loss, len(train.images), settings.classifier, run)
 
 

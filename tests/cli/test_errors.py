@@ -3,7 +3,7 @@
 import pytest
 
 from dite import errors
-from dite.cli import app, failure
+from dite.cli import app, doctor, failure
 
 
 def _raise(error):
@@ -98,6 +98,13 @@ def test_usage_errors_are_one_json_document_too(run, arguments):
     assert outcome.code == 2 and outcome.document["exit_code"] == 2
     assert outcome.document["error"]["type"] == "UsageError"
     assert all(outcome.document["error"][key] for key in ("what", "why", "try"))
+
+
+def test_ctrl_c_inside_a_command_exits_130_and_says_so(run, monkeypatch):
+    monkeypatch.setattr(doctor, "_version", _raise(KeyboardInterrupt()))
+    outcome = run("doctor", "--json")
+    assert outcome.code == 130
+    assert outcome.document["error"]["type"] == "Interrupted" and "error: interrupted" in outcome.err
 
 
 def test_explaining_an_error_of_ours_returns_it_unchanged():

@@ -1,6 +1,7 @@
 """--fail-if: conditions are read by hand, checked early, and never executed."""
 
 import math
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -56,14 +57,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_one():
 def test_the_error_names_every_gate_that_failed():
     error = check_gates(parse_gates(["ssim<0.9", "n<5", "psnr.mean<30"], KEYS), {"ssim": 0.5, "n": 9, "psnr": {"mean": 12.3456789}})
     assert isinstance(error, QualityGateFailed) and error.exit_code == 4
-    assert "ssim is 0.5" in error.why and "psnr.mean is 12.3457" in error.why and "n is" not in error.why
+    assert "ssim is 0.5" in error.why and "psnr.mean is 12.3457" in error.why and "n<5" not in error.why
     assert check_gates(parse_gates(["n<5"], KEYS), {"n": 9}) is None
     assert check_gates(parse_gates(None, KEYS), {}) is None
 
 
 @given(st.text(max_size=30))
 def test_no_text_does_anything_but_parse_or_refuse(text):
-    try:
+    with suppress(UsageError):
         parse_gates([text], KEYS)
-    except UsageError:
-        pass

@@ -104,11 +104,22 @@ def test_other_weights_are_another_extractor(extractor, tmp_path):
     assert next(load_classifier(tmp_path).parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("config", ["", "[]", '{"name": "x"}', '{"name": "x", "num_classes": true, "image_size": 32}'])
+CONFIGS = [
+    "",
+    "[]",
+    '{"num_classes": 10}',
+    '{"_class_name": "SmallClassifier"}',
+    '{"_class_name": "SmallClassifier", "num_classes": true}',
+    '{"_class_name": "SmallClassifier", "num_classes": 10, "image_size": "32"}',
+    '{"_class_name": "SmallClassifier", "num_classes": 9999999999}',
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_classifier_folder_with_a_wrong_config_is_refused(tmp_path, config):
     (tmp_path / "classifier").mkdir()
     (tmp_path / "classifier" / "config.json").write_text(config)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         load_classifier(tmp_path)
 
 

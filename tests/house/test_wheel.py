@@ -4,7 +4,10 @@ import zipfile
 
 import pytest
 
+import dite
+
 MOST_BYTES = 15 * 2**20
+INFO = f"dite-{dite.__version__}.dist-info"  # so that pyproject.toml and dite.__version__ must agree
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def test_the_recipes_lie_inside_dite(root, wheel):
 
 
 def test_nothing_else_gets_in(wheel):
-    assert {path.split("/")[0] for path in wheel} == {"dite", "dite_kernels", "dite_evals", "dite-0.1.0.dist-info"}
+    assert {path.split("/")[0] for path in wheel} == {"dite", "dite_kernels", "dite_evals", INFO}
     assert [path for path in wheel if "__pycache__" in path or path.endswith(".pyc")] == []
 
 
@@ -44,5 +47,5 @@ def test_no_file_is_too_large_to_keep_in_git(wheel):
 
 
 def test_the_wheel_brings_the_command_and_the_licence(wheel):
-    assert "dite-0.1.0.dist-info/entry_points.txt" in wheel
+    assert f"{INFO}/entry_points.txt" in wheel
     assert any(path.endswith("licenses/LICENSE") for path in wheel)
