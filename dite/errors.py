@@ -15,6 +15,19 @@ The numbers are the command line's exit code and the server's HTTP status. An er
 the numbers), and what to try.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint with the nearest known name, or an empty one.
+
+    >>> did_you_mean("w4a9", ["w4a8", "w8a8"])
+    'did you mean w4a8?'
+    """
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else ""
+
 
 class DiteError(Exception):
     """`what` happened, `why` (the rule with the numbers), and a `hint`: what to try."""

@@ -9,9 +9,9 @@ from typing import Any
 class Pipeline:
     """Holds a diffusers pipeline in `.pipe`, is called like it, and delegates every other attribute to it.
 
-        pipe = dite.Pipeline.from_pretrained("facebook/DiT-XL-2-256", quantize="w4a8")
-        images = pipe(class_labels=[207]).images
-        pipe.save("dit-w4a8")
+    pipe = dite.Pipeline.from_pretrained("facebook/DiT-XL-2-256", quantize="w4a8")
+    images = pipe(class_labels=[207]).images
+    pipe.save("dit-w4a8")
     """
 
     def __init__(self, pipe: Any):

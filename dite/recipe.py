@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from importlib import resources
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from dite.errors import RecipeError
+from dite.errors import RecipeError, did_you_mean
 from dite.quant.scheme import ActivationScheme, LayerScheme, Strict, WeightScheme
 
 
@@ -126,7 +125,9 @@ def validate(model: type[BaseModel], values: dict[str, Any]):
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, first["loc"][:-1])
-            raise RecipeError(f"unknown recipe key {path}", f"known keys there: {', '.join(sorted(known))}", _did_you_mean(str(first["loc"][-1]), known)) from error
+            raise RecipeError(
+                f"unknown recipe key {path}", f"known keys there: {', '.join(sorted(known))}", did_you_mean(str(first["loc"][-1]), known)
+            ) from error
         message = first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"recipe key {path} is wrong", f"{message} (got {first['input']!r})", "see `dite recipes` for working examples") from error
 
@@ -139,7 +140,9 @@ def _read(source: str | Path) -> dict[str, Any]:
         return read_yaml(path.read_text(encoding="utf-8"), str(path))
     names = recipe_names()
     if str(source) not in names:
-        raise RecipeError(f"no recipe named {source}", f"known: {', '.join(names)}", _did_you_mean(str(source), names) or "give a name or a .yaml file")
+        raise RecipeError(
+            f"no recipe named {source}", f"known: {', '.join(names)}", did_you_mean(str(source), names) or "give a name or a .yaml file"
+        )
     return read_yaml((recipe_folder("quant") / f"{source}.yaml").read_text(encoding="utf-8"), str(source))
 
 
@@ -147,7 +150,11 @@ def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"--set {override} has no value", "the form is key.key=value", "for example --set defaults.token.weight.group_size=64")
-    return _with(values, path.split("."), yaml.safe_load(text), path)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override} can't be read", " ".join(str(error).split()), "values are YAML: 64, true, null, [1, 2]") from error
+    return _with(values, path.split("."), value, path)
 
 
 def _with(values: dict[str, Any], keys: list[str], value: Any, path: str) -> dict[str, Any]:
@@ -175,8 +182,3 @@ def _fields_at(model: type[BaseModel], path: tuple) -> list[str]:
                 model = found
                 break
     return list(model.model_fields)
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else ""

@@ -23,7 +23,9 @@ def tiny_pipeline():
     """A DiTPipeline of 2 blocks, width 48 (3 heads of 16), 10 classes, 8×8 latents and a 32×32 autoencoder."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    transformer = DiTTransformer2DModel(num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8, norm_num_groups=4)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8, norm_num_groups=4
+    )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -50,21 +52,56 @@ def _build(name: str):
 
     joint = {"attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 24}
     configs = {
-        "DiTTransformer2DModel": {"num_attention_heads": 3, "attention_head_dim": 16, "in_channels": 4, "num_layers": 2, "sample_size": 8, "norm_num_groups": 4},
+        "DiTTransformer2DModel": {
+            "num_attention_heads": 3,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "num_layers": 2,
+            "sample_size": 8,
+            "norm_num_groups": 4,
+        },
         "PixArtTransformer2DModel": {
-            "num_attention_heads": 3, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 8,
-            "cross_attention_dim": 48, "caption_channels": 20,
+            "num_attention_heads": 3,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "sample_size": 8,
+            "cross_attention_dim": 48,
+            "caption_channels": 20,
         },
         "SD3Transformer2DModel": {
-            "sample_size": 8, "in_channels": 4, "num_layers": 2, **joint, "caption_projection_dim": 48, "pooled_projection_dim": 20, "out_channels": 4,
+            "sample_size": 8,
+            "in_channels": 4,
+            "num_layers": 2,
+            **joint,
+            "caption_projection_dim": 48,
+            "pooled_projection_dim": 20,
+            "out_channels": 4,
             "pos_embed_max_size": 16,
         },
         "FluxTransformer2DModel": {
-            "patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, **joint, "pooled_projection_dim": 20, "axes_dims_rope": [4, 4, 8],
+            "patch_size": 1,
+            "in_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            **joint,
+            "pooled_projection_dim": 20,
+            "axes_dims_rope": [4, 4, 8],
         },
         "WanTransformer3DModel": {
-            "patch_size": (1, 2, 2), "num_attention_heads": 3, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 24, "freq_dim": 16,
-            "ffn_dim": 72, "num_layers": 2, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 3,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 24,
+            "freq_dim": 16,
+            "ffn_dim": 72,
+            "num_layers": 2,
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 32,
         },
         "QwenImageTransformer2DModel": {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, **joint, "axes_dims_rope": (4, 4, 8)},
     }

@@ -52,7 +52,9 @@ class DiteConfig(QuantizationConfigMixin):
     ):
         self.quant_method = DiteMethod.DITE
         if format_version > FORMAT_VERSION:
-            raise CheckpointError("the model is from a newer dite", f"format {format_version}; this dite reads up to {FORMAT_VERSION}", "upgrade dite")
+            raise CheckpointError(
+                "the model is from a newer dite", f"format {format_version}; this dite reads up to {FORMAT_VERSION}", "upgrade dite"
+            )
         self.format_version = format_version
         self.recipe = None if layers is not None else load_recipe("w4a8" if recipe is None else recipe)
         try:
@@ -106,7 +108,11 @@ class DiteQuantizer(DiffusersQuantizer):
             return
         for name in self.quantization_config.plan.layers:
             if not isinstance(_submodule(model, name), nn.Linear):
-                raise CheckpointError(f"{name} is no linear of {type(model).__name__}", "quantization_config lists it", "was the folder made for another diffusers version?")
+                raise CheckpointError(
+                    f"{name} is no linear of {type(model).__name__}",
+                    "quantization_config lists it",
+                    "was the folder made for another diffusers version?",
+                )
         insert_empty_layers_(model, self.quantization_config.plan.layers)
         model.register_to_config(quantization_config=self.quantization_config)
 

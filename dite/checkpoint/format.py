@@ -49,7 +49,11 @@ def verify_folder(folder: Path) -> Manifest:
             raise CheckpointError(f"{name} is damaged", f"it has {size} bytes, the manifest says {entry.size}", "copy or download the folder again")
     unlisted = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} - set(manifest.files)
     if unlisted:
-        raise CheckpointError(f"{min(unlisted)} is not in the manifest", "weights that the manifest doesn't list are not loaded", "remove the file, or save the model again")
+        raise CheckpointError(
+            f"{min(unlisted)} is not in the manifest",
+            "weights that the manifest doesn't list are not loaded",
+            "remove the file, or save the model again",
+        )
     for name in manifest.files:
         if name.endswith(".safetensors"):
             read_header(folder / name)
@@ -63,13 +67,17 @@ def read_manifest(folder: Path) -> Manifest:
     """The parsed manifest of `folder`."""
     path = regular_file(folder, MANIFEST)
     if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{MANIFEST} is too large", f"{path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read", "save the model again")
+        raise CheckpointError(
+            f"{MANIFEST} is too large", f"{path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read", "save the model again"
+        )
     try:
         manifest = Manifest.model_validate(json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates))
     except (ValueError, ValidationError) as error:
         raise CheckpointError(f"{MANIFEST} can't be read", str(error).splitlines()[0], "save the model again") from error
     if manifest.format_version > FORMAT_VERSION:
-        raise CheckpointError("the folder is from a newer dite", f"format {manifest.format_version}; this dite {FORMAT_VERSION} at most", "upgrade dite")
+        raise CheckpointError(
+            "the folder is from a newer dite", f"format {manifest.format_version}; this dite {FORMAT_VERSION} at most", "upgrade dite"
+        )
     return manifest
 
 

@@ -52,7 +52,11 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "only a folder can be replaced by a model", "choose another -o")
     if any(folder.iterdir()) and not any((folder / name).is_file() for name in (MANIFEST, "model_index.json", "config.json")):
-        raise UsageError(f"{folder} holds something else than a model", "--overwrite replaces the whole folder, and there is no model in this one", "choose another -o")
+        raise UsageError(
+            f"{folder} holds something else than a model",
+            "--overwrite replaces the whole folder, and there is no model in this one",
+            "choose another -o",
+        )
 
 
 def recipe_yaml(recipe: QuantRecipe) -> str:

@@ -7,8 +7,8 @@ import typer
 
 from dite.cli import options
 from dite.cli.output import Answer
-from dite.errors import RecipeError
-from dite.recipe import _did_you_mean, read_yaml, recipe_folder, recipe_names
+from dite.errors import RecipeError, did_you_mean
+from dite.recipe import read_yaml, recipe_folder, recipe_names
 
 
 class Kind(StrEnum):
@@ -44,6 +44,6 @@ def _text(kind: Kind, name: str) -> str:
     known = recipe_names(kind)
     if name not in known:
         raise RecipeError(
-            f"no {kind} recipe named {name}", f"known: {', '.join(known) or 'none'}", _did_you_mean(name, known) or "`dite recipes` lists them"
+            f"no {kind} recipe named {name}", f"known: {', '.join(known) or 'none'}", did_you_mean(name, known) or "`dite recipes` lists them"
         )
     return (recipe_folder(kind) / f"{name}.yaml").read_text(encoding="utf-8")

@@ -10,10 +10,8 @@ COMPONENTS = ("transformer", "transformer_2")
 
 
 def unwrap(model: Any) -> Any:
-    """The diffusers pipeline inside a `dite.Pipeline`; anything else as it is."""
-    from dite.pipeline import Pipeline
-
-    return model.pipe if isinstance(model, Pipeline) else model
+    """The diffusers pipeline inside a `dite.Pipeline` (whatever holds one in `.pipe`); anything else as it is."""
+    return model if isinstance(model, nn.Module) else getattr(model, "pipe", model)
 
 
 def denoisers(model: Any) -> dict[str, nn.Module]:
@@ -22,7 +20,9 @@ def denoisers(model: Any) -> dict[str, nn.Module]:
     if isinstance(model, nn.Module):
         return {"": model}
     if not hasattr(model, "components"):
-        raise UnsupportedModel(f"a {type(model).__name__} is neither a diffusers pipeline nor a torch module", "pass a DiffusionPipeline or its transformer")
+        raise UnsupportedModel(
+            f"a {type(model).__name__} is neither a diffusers pipeline nor a torch module", "pass a DiffusionPipeline or its transformer"
+        )
     found = {name: getattr(model, name) for name in COMPONENTS if isinstance(getattr(model, name, None), nn.Module)}
     if not found:
         parts = ", ".join(name for name, part in model.components.items() if isinstance(part, nn.Module)) or "no modules"

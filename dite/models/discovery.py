@@ -8,6 +8,7 @@ embedders, the last projection) is small and sensitive, and stays as it is.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -57,10 +58,13 @@ def discover(model: nn.Module, example_inputs: Mapping | None = None) -> Discove
             f"{type(model).__name__} has no list of at least {MIN_MEMBERS} like blocks with linears and more than {MIN_SHARE:.0%} of its parameters",
             "dite works on diffusion transformers; UNets and single-block models are not supported",
         )
-    inside = {name: module for name, module in model.named_modules() if is_linear(module) and any(name.startswith(block.path + ".") for block in blocks)}
+    inside = {
+        name: module for name, module in model.named_modules() if is_linear(module) and any(name.startswith(block.path + ".") for block in blocks)
+    }
     kinds, basis = observe_kinds(model, inside, example_inputs) if example_inputs else ({}, "structure")
     linears = [
-        LinearInfo(name, kinds.get(name) or kind_by_structure(model, name), module.in_features, module.out_features) for name, module in inside.items()
+        LinearInfo(name, kinds.get(name) or kind_by_structure(model, name), module.in_features, module.out_features)
+        for name, module in inside.items()
     ]
     outside = {
         name: "outside the transformer blocks (embedder or last projection)"
@@ -123,6 +127,5 @@ def kind_by_structure(model: nn.Module, name: str) -> str:
         module = getattr(module, part)
         if index and any(fragment in type(module).__name__ for fragment in CONDITIONING_CLASSES):
             return "conditioning"
-    siblings = list(module.named_children())
-    before = [child for (_, child), (next_name, _) in zip(siblings, siblings[1:], strict=False) if next_name == parts[-1]]
-    return "conditioning" if before and isinstance(before[0], nn.SiLU) else "token"
+    after_silu = any(name == parts[-1] and isinstance(before, nn.SiLU) for (_, before), (name, _) in pairwise(module.named_children()))
+    return "conditioning" if after_silu else "token"

@@ -108,7 +108,9 @@ def _supports(model: Any, refusal: str | None) -> dict[str, dict[str, Any]]:
 
 def _parameters(model: torch.nn.Module) -> int:
     own = sum(parameter.numel() for parameter in model.parameters())
-    return own + sum(layer.in_features * layer.out_features + (layer.out_features if layer.bias is not None else 0) for layer in quantized_layers(model).values())
+    return own + sum(
+        layer.in_features * layer.out_features + (layer.out_features if layer.bias is not None else 0) for layer in quantized_layers(model).values()
+    )
 
 
 @torch.no_grad()

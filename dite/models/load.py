@@ -44,10 +44,18 @@ def resolve(source: str | Path) -> Path | str:
             raise UsageError(f"{text} holds no model", "a model folder has model_index.json (a pipeline) or config.json (a model)", "check the path")
         return path
     if path.is_file():
-        raise UsageError(f"{text} is a file", "single-file checkpoints are not supported; a model is a diffusers folder", "convert it with diffusers' from_single_file and save_pretrained")
+        raise UsageError(
+            f"{text} is a file",
+            "single-file checkpoints are not supported; a model is a diffusers folder",
+            "convert it with diffusers' from_single_file and save_pretrained",
+        )
     if HUB_ID.fullmatch(text) and not path.parent.is_dir():
         return text
-    raise UsageError(f"no model at {text}", "it is neither a folder, nor a hub id of the form owner/name, nor builtin:NAME", "check the path, or try builtin:cifar10-dit")
+    raise UsageError(
+        f"no model at {text}",
+        "it is neither a folder, nor a hub id of the form owner/name, nor builtin:NAME",
+        "check the path, or try builtin:cifar10-dit",
+    )
 
 
 def from_pretrained(source: Path | str, dtype: torch.dtype | None = None) -> Any:
@@ -60,7 +68,9 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None) -> Any
         return diffusers.DiffusionPipeline.from_pretrained(source, **_dtype(dtype), **_labels(source))
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"can't load {source}", reason, "is the folder complete, and made by diffusers' save_pretrained or dite.save?") from error
+        raise CheckpointError(
+            f"can't load {source}", reason, "is the folder complete, and made by diffusers' save_pretrained or dite.save?"
+        ) from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -106,5 +116,7 @@ def _model_class(folder: Path) -> type:
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", "")
     cls = getattr(diffusers, name, None) if name else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
-        raise CheckpointError(f"{folder} holds no diffusers model", f"config.json names the class {name or '(none)'!s}", "dite loads models of the installed diffusers")
+        raise CheckpointError(
+            f"{folder} holds no diffusers model", f"config.json names the class {name or '(none)'!s}", "dite loads models of the installed diffusers"
+        )
     return cls

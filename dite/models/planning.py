@@ -52,4 +52,8 @@ def refuse_quantized(model: nn.Module, allow_marked: bool = False) -> None:
     ours = quantized_layers(model)
     if ours or (getattr(model, "is_quantized", False) and not allow_marked):
         by = "dite" if ours else str(getattr(getattr(model, "quantization_method", None), "value", "another quantizer"))
-        raise UsageError(f"this {type(model).__name__} is quantized already (by {by})", "rounding codes again only adds error", "start from the full-precision model")
+        raise UsageError(
+            f"this {type(model).__name__} is quantized already (by {by})",
+            "rounding codes again only adds error",
+            "start from the full-precision model",
+        )

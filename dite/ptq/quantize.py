@@ -35,7 +35,8 @@ class QuantReport:
 
     def __str__(self) -> str:
         ratio = self.baseline_bytes / self.bytes
-        return f"{self.recipe.name}: {len(self.layers)} layers, {self.baseline_bytes / 1e6:.1f} MB → {self.bytes / 1e6:.1f} MB ({ratio:.2f}× smaller) in {self.seconds:.1f} s"
+        sizes = f"{self.baseline_bytes / 1e6:.1f} MB → {self.bytes / 1e6:.1f} MB ({ratio:.2f}× smaller)"
+        return f"{self.recipe.name}: {len(self.layers)} layers, {sizes} in {self.seconds:.1f} s"
 
 
 def quantize(

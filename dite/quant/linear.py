@@ -6,13 +6,13 @@ and leaves the scales as they were stored: a scale cast to bf16 is off by up to 
 """
 
 import torch
-from dite_kernels import backends
-from dite_kernels.packing import packed_columns
-from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
 from torch import nn
 
 from dite.errors import QuantizationError, UnsupportedEnvironment
 from dite.quant.scheme import LayerScheme
+from dite_kernels import backends
+from dite_kernels.packing import packed_columns
+from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
 
 
 class QuantLinear(nn.Linear):
@@ -55,7 +55,11 @@ class QuantLinear(nn.Linear):
         bad = linear.weight.numel() - int(torch.isfinite(linear.weight).sum())
         if bad:
             why = f"{bad} of its {linear.weight.numel()} weights are NaN or inf"
-            raise QuantizationError(f"layer {name} can't be quantized", why, f'repair the checkpoint, or skip the layer: --set \'layers={{"{name}": {{skip: not finite}}}}\'')
+            raise QuantizationError(
+                f"layer {name} can't be quantized",
+                why,
+                f"repair the checkpoint, or skip the layer: --set 'layers={{\"{name}\": {{skip: not finite}}}}'",
+            )
 
     @property
     def tensor(self) -> QuantTensor:

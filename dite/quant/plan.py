@@ -3,10 +3,9 @@
 import hashlib
 from dataclasses import dataclass, field
 
+from dite.quant.scheme import LayerScheme, Strict
 from dite_kernels.affine import group_count
 from dite_kernels.packing import packed_columns
-
-from dite.quant.scheme import LayerScheme, Strict
 
 
 @dataclass(frozen=True)

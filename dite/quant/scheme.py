@@ -22,7 +22,9 @@ class WeightScheme(Strict):
     @classmethod
     def _multiple_of_16(cls, value: int | None) -> int | None:
         if value is not None and (value < 16 or value % 16):
-            raise ValueError(f"group_size {value} must be a positive multiple of 16, or null for one group a row; try {max(16, round(value / 16) * 16)}")
+            raise ValueError(
+                f"group_size {value} must be a positive multiple of 16, or null for one group a row; try {max(16, round(value / 16) * 16)}"
+            )
         return value
 
     def groups(self, in_features: int) -> int:

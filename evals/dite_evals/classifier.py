@@ -5,6 +5,8 @@ GroupNorm, so that an image's features never depend on its batch) is trained by 
 it compare models under this extractor only.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +21,7 @@ class SmallClassifier(nn.Module):
         super().__init__()
         widths = (32, 64, 128, self.num_features)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.stages = nn.ModuleList(_Stage(narrow, wide) for narrow, wide in zip(widths, widths[1:], strict=False))
+        self.stages = nn.ModuleList(_Stage(narrow, wide) for narrow, wide in pairwise(widths))
         self.head = nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

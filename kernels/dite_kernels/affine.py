@@ -65,12 +65,12 @@ def quantize(x_NK: torch.Tensor, num_bits: int, group_size: int | None, symmetri
     zero = torch.full_like(wide, levels // 2 + 1) if symmetric else (-low / wide).round().clamp(0, levels)
     codes = ((grouped / wide[..., None]).round() + zero[..., None]).clamp(0, levels)
     # nan_to_num only makes the cast defined: the non-finite scale already poisons the value.
-    return Quantized(
-        from_groups(codes.nan_to_num(0).to(torch.uint8), x_NK.shape[1]).contiguous(), scale, zero.nan_to_num(0).to(torch.uint8)
-    )
+    return Quantized(from_groups(codes.nan_to_num(0).to(torch.uint8), x_NK.shape[1]).contiguous(), scale, zero.nan_to_num(0).to(torch.uint8))
 
 
-def dequantize(codes_NK: torch.Tensor, scale_NG: torch.Tensor, zero_NG: torch.Tensor, group_size: int | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize(
+    codes_NK: torch.Tensor, scale_NG: torch.Tensor, zero_NG: torch.Tensor, group_size: int | None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Codes back to values [N, K]: exact integers times the scale in fp32, then one rounding to `dtype`."""
     columns = codes_NK.shape[1]
     integers = to_groups(codes_NK, group_size).float() - zero_NG.float()[..., None]

@@ -3,8 +3,8 @@
     y[m, n] = x_scale[m] · Σ_k (x_code − x_zero) · w_value[n, k] + bias
 
 |x_code − x_zero| ≤ 255 is exact even in bf16, so with one scale a token the only rounding beyond the reference's is that of `w_value` to the
-model's dtype and that of the product to the same. Per-(token, group) scales are multiplied into the activations, which rounds those too. It is the fast path wherever float matrix
-units are as fast as integer ones and groups are short.
+model's dtype and that of the product to the same. Per-(token, group) scales are multiplied into the activations, which rounds those too.
+It is the fast path wherever float matrix units are as fast as integer ones and groups are short.
 """
 
 import torch

@@ -56,8 +56,9 @@ class QuantTensor:
         if not spec.weight_symmetric:
             shapes["zero_point"] = (self.zero_point, (spec.out_features, packing.packed_columns(spec.groups, spec.weight_bits)))
         for name, (tensor, shape) in shapes.items():
-            if tensor is None or tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} is {None if tensor is None else tuple(tensor.shape)}; {spec.weight_bits} bits in groups of {spec.group_size} need {shape}")
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != shape:
+                raise ValueError(f"{name} is {found}; {spec.weight_bits} bits in groups of {spec.group_size} need {shape}")
             if name != "scale" and tensor.dtype != torch.uint8:
                 raise ValueError(f"{name} is {tensor.dtype}; codes are torch.uint8")
         if self.scale.dtype not in (torch.float16, torch.float32):
@@ -73,6 +74,4 @@ class QuantTensor:
 def quantize_weight(weight_NK: torch.Tensor, spec: LinearSpec) -> QuantTensor:
     """Round `weight_NK` to nearest, with fp16 scales where they fit, and pack it."""
     codes, scale, zero = affine.quantize(weight_NK, spec.weight_bits, spec.group_size, spec.weight_symmetric, half_scales=True)
-    return QuantTensor(
-        packing.pack(codes, spec.weight_bits), scale, None if spec.weight_symmetric else packing.pack(zero, spec.weight_bits)
-    )
+    return QuantTensor(packing.pack(codes, spec.weight_bits), scale, None if spec.weight_symmetric else packing.pack(zero, spec.weight_bits))

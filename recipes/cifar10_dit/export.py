@@ -1,10 +1,10 @@
 """Turn a finished run into the folder that ships: a plain DiTPipeline in bf16, with classifier, statistics, pictures and a model card.
 
-    builtin/cifar10-dit/
-      model_index.json, scheduler/, vae/, transformer/    what DiTPipeline.from_pretrained loads
-      classifier/                                         config.json, model.safetensors
-      statistics.safetensors                              mu, sigma of the classifier's features over the training images
-      samples.png, README.md, metrics.json                what it looks like, and what is known of it
+builtin/cifar10-dit/
+  model_index.json, scheduler/, vae/, transformer/    what DiTPipeline.from_pretrained loads
+  classifier/                                         config.json, model.safetensors
+  statistics.safetensors                              mu, sigma of the classifier's features over the training images
+  samples.png, README.md, metrics.json                what it looks like, and what is known of it
 """
 
 import json
@@ -93,6 +93,8 @@ def write_samples(folder: Path, num_classes: int) -> None:
 def model_card(metrics: dict) -> str:
     """README.md of the folder."""
     hours, settings = metrics["hours"], metrics["dit"]
+    accuracy, psnr = f"{metrics['classifier_accuracy']:.1%}", f"{metrics['vae_psnr_db']:.1f} dB"
+    real, floor = f"{metrics['fid_test_images']:.3f}", f"{metrics['fid_vae_reconstructions']:.3f}"
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -105,17 +107,18 @@ A small class-conditional latent diffusion transformer that ships with dite, so 
 
 | part | what |
 |---|---|
-| data | CIFAR-10 training images (50,000 of 32×32 in 10 classes; re-encoded as JPEG), random flips |
+| data | CIFAR-10 training images (50,000 of 32×32 in 10 classes; as JPEG), random flips |
 | transformer | `DiTTransformer2DModel`: 10 blocks, width 256, 4 heads, patch 2 (16 tokens), 15.8 M parameters, v-prediction |
-| autoencoder | `AutoencoderKL`: f=4, 4 latent channels, 1.6 M parameters; {metrics["vae_psnr_db"]:.1f} dB on the test images |
-| classifier | `dite_evals.classifier.SmallClassifier`: {metrics["classifier_accuracy"]:.1%} of the test images right; its 192 features are the FID extractor |
-| recipe | `recipes/cifar10_dit`, preset `{metrics["preset"]}`: {settings["epochs"]:g} epochs of batch {settings["batch_size"]}, EMA {settings["ema"]} |
+| autoencoder | `AutoencoderKL`: f=4, 4 latent channels, 1.6 M parameters; {psnr} on the test images |
+| classifier | `SmallClassifier` of `dite_evals`: {accuracy} of the test images right; 192 features for FID |
+| recipe | `recipes/cifar10_dit`, preset `{metrics["preset"]}`: {settings["epochs"]:g} epochs, batch {settings["batch_size"]}, EMA {settings["ema"]} |
 | hours | autoencoder {hours["vae"]}, classifier {hours["classifier"]}, transformer {hours["dit"]} |
 | stored | bf16 (classifier fp16) |
 
 FID here is under the bundled classifier against the 50,000 training images, and compares with nothing but itself:
-real test images {metrics["fid_test_images"]:.3f}, their reconstructions by the autoencoder {metrics["fid_vae_reconstructions"]:.3f} (the floor of anything sampled),
-each with N = {metrics["fid_n"]}. FID of samples is measured by `dite eval fid builtin:cifar10-dit --protocol cifar10-5k`; see dite's README.
+real test images {real}, their reconstructions by the autoencoder {floor}
+(the floor of anything sampled), each with N = {metrics["fid_n"]}. FID of samples is measured by
+`dite eval fid builtin:cifar10-dit --protocol cifar10-5k`; see dite's README.
 
 Labels are 0 to 9; the null label of classifier-free guidance is 1000, as DiTPipeline wants it.
 """

@@ -12,17 +12,17 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import yaml
-from pydantic import BaseModel, ConfigDict
-
 import classifier
 import dit
+import torch
+import torch.distributed as dist
 import vae
+import yaml
 from data import Split, load_split
-from dite_evals.classifier import SmallClassifier
 from loop import Run, StageSettings, fit, load_average
+from pydantic import BaseModel, ConfigDict
+
+from dite_evals.classifier import SmallClassifier
 
 HERE = Path(__file__).parent
 STAGES = ("vae", "classifier", "dit", "export")

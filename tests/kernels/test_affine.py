@@ -1,8 +1,9 @@
 import pytest
 import torch
-from dite_kernels.affine import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dite_kernels.affine import dequantize, quantize
 
 BITS = st.sampled_from([4, 6, 8])
 GROUPS = st.sampled_from([16, 32, 48, 128, None])

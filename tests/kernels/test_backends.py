@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dite_kernels import backends, reference
 from dite_kernels.affine import quantize
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight

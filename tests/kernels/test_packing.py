@@ -1,8 +1,9 @@
 import pytest
 import torch
-from dite_kernels.packing import pack, packed_columns, unpack
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dite_kernels.packing import pack, packed_columns, unpack
 
 
 @given(st.sampled_from([4, 6, 8]), st.integers(0, 4), st.integers(1, 70), st.integers(0, 99))

@@ -24,7 +24,9 @@ def test_the_output_stays_close(family_model, recipe, limit):
 def test_the_plan_is_what_is_done(tiny_pipeline):
     planned = plan(tiny_pipeline, "w4a8")
     report = dite.quantize(tiny_pipeline, "w4a8")
-    assert {layer.name: layer.scheme for layer in planned.layers} == {name: layer.scheme for name, layer in quantized_layers(tiny_pipeline.transformer).items()}
+    assert {layer.name: layer.scheme for layer in planned.layers} == {
+        name: layer.scheme for name, layer in quantized_layers(tiny_pipeline.transformer).items()
+    }
     assert report.skipped == planned.skipped and [row["name"] for row in report.layers] == [layer.name for layer in planned.layers]
 
 
