@@ -38,6 +38,7 @@ def export(train: Split, test: Split, run: Run, preset: str, vae) -> Path:
     metrics = {"preset": preset, "hours": {stage: round(hours_spent(run, stage), 2) for stage in ("vae", "classifier", "dit")}}
     metrics |= json.loads((run.folder / "settings.json").read_text())
     pipe.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
+    vae.float()  # what follows measures the autoencoder as it was stored
     _finish_configs(folder, train.names)
     model = save_classifier(run, train.names, folder / "classifier")
     metrics["classifier_accuracy"] = classifier_stage.accuracy(model, test.images, test.labels, run.device)

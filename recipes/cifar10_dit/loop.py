@@ -11,6 +11,7 @@ far: a thread that is preempted stalls its partner at every operation, a rank on
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -92,9 +93,9 @@ def fit(name: str, model: torch.nn.Module, loss: Loss, num_samples: int, setting
         optimizer.zero_grad()
         decay = min(settings.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.values()), [value.detach() for value in parameters.values()], 1 - decay)
-        recent.append(float(value.detach()))
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"{name}: loss is {float(value)} at step {step}; lower {name}.learning_rate")
+        recent.append(value.item())
+        if not math.isfinite(recent[-1]):
+            raise FloatingPointError(f"{name}: loss is {recent[-1]} at step {step}; lower {name}.learning_rate")
 
         now = time.monotonic()
         if rank == 0 and (now - reported > REPORT_EVERY_S or step + 1 == total):

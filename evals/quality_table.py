@@ -1,0 +1,112 @@
+"""Size against quality of the rounding recipes, as data: bytes, paired fidelity, and FID for the named recipes.
+
+    python evals/quality_table.py --out docs/results/quality.json [--model builtin:cifar10-dit] [--n 128] [--fid 5000]
+
+A row is written as soon as it is measured, and an interrupted run goes on with the next one. `--markdown` prints the table that README shows.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import dite
+from dite.models.load import load_pipeline
+from dite_evals.report import environment
+
+RECIPES = ("w8a8", "w6a8", "w4a8", "w4a4")
+GROUP_SIZES = (128, 64)
+PSNR_DTYPE, FID_DTYPE = "float32", "bfloat16"
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.markdown:
+        print(markdown(json.loads(arguments.out.read_text())))
+        return
+    document = json.loads(arguments.out.read_text()) if arguments.out.exists() else start(arguments)
+    if document["configuration"] != configuration(arguments):
+        sys.exit(f"{arguments.out} was made with {document['configuration']}; choose another --out, or remove it")
+    rows = {(row["recipe"], row["group_size"]): row for row in document["rows"]}
+    for key in [("full precision", None), *((recipe, size) for size in GROUP_SIZES for recipe in RECIPES)]:
+        row = rows.setdefault(key, {"recipe": key[0], "group_size": key[1]})
+        measure(row, arguments)
+        document["rows"] = [value for value in rows.values() if "bytes" in value]
+        write(arguments.out, document)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def measure(row: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Fill what is missing in a row: size and fidelity, then FID where the recipe is a named one (groups of 128)."""
+    named = row["group_size"] in (None, GROUP_SIZES[0])
+    if "bytes" not in row:
+        pipe, facts = build(row, arguments.model, PSNR_DTYPE)
+        row |= facts
+        if row["group_size"]:
+            found = dite.evaluate(pipe, "fidelity-128", baseline=arguments.model, n=arguments.n, guidance=arguments.guidance, dtype=PSNR_DTYPE)
+            row |= {key: found[key] for key in ("n", "psnr", "ssim", "latent_relative_error", "per_step_error")}
+    if arguments.fid and named and "fid" not in row:
+        pipe, _ = build(row, arguments.model, FID_DTYPE)
+        found = dite.evaluate(pipe, "cifar10-5k", n=arguments.fid)
+        row["fid"] = {key: found[key] for key in ("fid", "n", "interval", "fid_infinity", "extractor", "seconds")}
+
+
+def build(row: dict[str, Any], model: str, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The pipeline of a row, and its size and time to quantize."""
+    pipe = load_pipeline(model, dtype=dtype)
+    if row["group_size"] is None:
+        size = dite.inspect(pipe).sizes["bf16"]
+        return pipe, {"bytes": size, "ratio": 1.0}
+    size = row["group_size"]
+    overrides = [f"defaults.{kind}.weight.group_size={min(size, 64) if kind == 'conditioning' else size}" for kind in ("token", "conditioning")]
+    planned = dite.recipe.load_recipe(row["recipe"], overrides if size != GROUP_SIZES[0] else [])
+    report = dite.quantize(pipe, planned)
+    stored = dite.ptq.quantize.plan(load_pipeline(model), planned).estimated_bytes
+    return pipe, {"bytes": stored, "ratio": report.baseline_bytes / stored, "seconds_to_quantize": round(report.seconds, 2)}
+
+
+def start(arguments: argparse.Namespace) -> dict[str, Any]:
+    """An empty document: what was run, where, and how."""
+    return {"command": "python " + " ".join(sys.argv), "environment": environment(), "configuration": configuration(arguments), "rows": []}
+
+
+def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that decides the numbers."""
+    fidelity = {"protocol": "fidelity-128", "n": arguments.n, "steps": 50, "guidance": arguments.guidance, "dtype": PSNR_DTYPE}
+    return {"model": arguments.model, "fidelity": fidelity, "fid": {"protocol": "cifar10-5k", "n": arguments.fid, "dtype": FID_DTYPE}}
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """README's table."""
+    lines = ["| recipe | group | transformer | smaller | PSNR | latent error | FID-5k [95%] |", "|---|---|---|---|---|---|---|"]
+    for row in document["rows"]:
+        fid = row.get("fid")
+        quality = [f"{row['psnr']['mean']:.1f} dB", f"{row['latent_relative_error']:.3f}"] if "psnr" in row else ["", ""]
+        score = f"{fid['fid']:.2f} [{fid['interval'][0]:.2f}, {fid['interval'][1]:.2f}]" if fid else ""
+        cells = [row["recipe"], str(row["group_size"] or ""), f"{row['bytes'] / 1e6:.1f} MB", f"{row['ratio']:.2f}×", *quality, score]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON to write, or to go on with")
+    parser.add_argument("--model", default="builtin:cifar10-dit")
+    parser.add_argument("--n", type=int, default=128, help="pairs for PSNR and latent error")
+    parser.add_argument("--guidance", type=float, default=4.0, help="guidance of the paired samples")
+    parser.add_argument("--fid", type=int, default=5000, help="samples for FID; 0 leaves it out")
+    parser.add_argument("--markdown", action="store_true", help="print the table of an existing --out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
