@@ -1,0 +1,69 @@
+"""How much memory and time `dite quantize` takes for a model of DiT-XL/2's size: 750 M random parameters in bf16, read from disk.
+
+    python evals/large_model.py --work FOLDER --out docs/results/large-model.json [--recipe w4a8]
+
+Size, memory and time don't depend on what the weights are, so random ones will do. The quantizing runs in a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from dite_evals.report import environment
+
+XL2 = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28, "sample_size": 32, "patch_size": 2}
+
+
+def main() -> None:
+    arguments = parse()
+    source, target = arguments.work / "xl2-bf16", arguments.work / f"xl2-{arguments.recipe}"
+    if not (source / "model_index.json").exists():
+        build().save_pretrained(source)
+    command = ["quantize", str(source), "--recipe", arguments.recipe, "-o", str(target), "--overwrite", "--json"]
+    answer = json.loads(subprocess.run([sys.executable, "-m", "dite", *command], check=True, capture_output=True, text=True).stdout)
+    before, after = folder_bytes(source / "transformer"), folder_bytes(target / "transformer")
+    document = {
+        "command": f"python evals/large_model.py --work FOLDER --out {arguments.out} --recipe {arguments.recipe}",
+        "environment": environment(),
+        "model": {"class": "DiTTransformer2DModel", "parameters": sum(p.numel() for p in DiTTransformer2DModel(**XL2).parameters())} | XL2,
+        "recipe": arguments.recipe,
+        "folder_bytes": {"bf16": before, "quantized": after, "ratio": after / before},
+        "peak_memory_bytes": answer["peak_memory_bytes"],
+        "peak_above_bf16_bytes": answer["peak_memory_bytes"] - before,
+        "seconds": answer["seconds"],
+    }
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
+
+
+def build() -> DiTPipeline:
+    """A random pipeline in bf16, built in bf16 so that building it needs no more memory than it takes."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+        return DiTPipeline(DiTTransformer2DModel(**XL2).to(dtype=torch.bfloat16), vae, DDIMScheduler(clip_sample=False), id2label={0: "nothing"})
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def folder_bytes(folder: Path) -> int:
+    """All files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where the models go: 2 GB")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
+    parser.add_argument("--recipe", default="w4a8")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
