@@ -5,6 +5,7 @@ They are used to *observe* which linears see tokens. A family that is missing he
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def example_inputs(model: nn.Module) -> Mapping[str, Any] | None:
 
     inputs = builder(model.config, noise)
     inputs["timestep"] = torch.tensor([500], device=device)
+    accepted = signature(type(model).forward).parameters
+    inputs = {key: value for key, value in inputs.items() if key in accepted}
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()} | {"return_dict": False}
 
 
@@ -91,6 +94,7 @@ def _qwen_image(config, noise: Noise) -> dict:
         "encoder_hidden_states": noise(1, TEXT_TOKENS, config.joint_attention_dim),
         "encoder_hidden_states_mask": torch.ones(1, TEXT_TOKENS, dtype=torch.bool),
         "img_shapes": [[(1, 4, 4)]],
+        "txt_seq_lens": [TEXT_TOKENS],  # wanted before diffusers 0.37, gone since
     }
 
 

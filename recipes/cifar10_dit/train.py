@@ -21,6 +21,7 @@ import yaml
 from data import Split, load_split
 from loop import Run, StageSettings, fit, load_average
 from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
 
 from dite_evals.classifier import SmallClassifier
 
@@ -79,12 +80,30 @@ def train_classifier(train: Split, settings: Settings, run: Run) -> None:
 
 def train_dit(train: Split, settings: Settings, run: Run) -> None:
     """Stage 3, on latents encoded once, with their mirror images. Leaves `dit/checkpoint.safetensors`."""
-    autoencoder = load_vae(run, train)
-    latents = torch.cat([vae.encode(autoencoder, images, run.device).half() for images in (train.images, train.images.flip(-1))])
+    latents = load_latents(train, run)
     torch.manual_seed(settings.seed)
     model = dit.build().to(run.device)
     loss = dit.make_loss(model, latents, train.labels, run.device, run.compile)
     fit("dit", model, loss, len(train.images), settings.dit, run)
+
+
+def load_latents(train: Split, run: Run) -> torch.Tensor:
+    """Latents of the images, then of their mirror images, fp16 [2·N, 4, 8, 8]; encoded once, by all ranks, and kept beside the autoencoder."""
+    path = run.folder / "vae" / "latents.safetensors"
+    if not path.exists():
+        autoencoder = load_vae(run, train)
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        images = torch.cat([train.images, train.images.flip(-1)])
+        mine = vae.encode(autoencoder, images[rank::world_size], run.device).half()
+        latents = torch.zeros(len(images), *mine.shape[1:])
+        latents[rank::world_size] = mine.float()
+        if world_size > 1:
+            dist.all_reduce(latents)
+        if rank == 0:
+            save_file({"latents": latents.half()}, path)
+        if world_size > 1:
+            dist.barrier()
+    return load_file(path)["latents"]
 
 
 def load_vae(run: Run, train: Split):

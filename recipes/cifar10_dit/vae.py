@@ -45,13 +45,13 @@ def make_loss(vae: AutoencoderKL, images: torch.Tensor, device: torch.device):
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor, device: torch.device, batch_size: int = 500) -> torch.Tensor:
+def encode(vae: AutoencoderKL, images: torch.Tensor, device: torch.device, batch_size: int = 100) -> torch.Tensor:
     """Posterior means of `images` uint8 [N, 3, 32, 32] as fp32 [N, 4, 8, 8]."""
     return torch.cat([vae.encode(to_signed(batch).to(device)).latent_dist.mean.cpu() for batch in images.split(batch_size)])
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, device: torch.device, batch_size: int = 500) -> torch.Tensor:
+def decode(vae: AutoencoderKL, latents: torch.Tensor, device: torch.device, batch_size: int = 100) -> torch.Tensor:
     """Latents [N, 4, 8, 8] to uint8 images [N, 3, 32, 32]."""
     batches = [vae.decode(batch.to(device)).sample.cpu() for batch in latents.split(batch_size)]
     return ((torch.cat(batches) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
