@@ -9,14 +9,6 @@ from dite.sampling import NonFiniteOutput, SampleSettings, class_ids, class_name
 QUICK = SampleSettings(num_steps=3, guidance=2.0, micro_batch=4)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def pipe(tiny_pipeline):
     return tiny_pipeline

@@ -1,15 +1,7 @@
-"""A toy extractor, and a pipeline that can be sampled. One thread: on a busy machine torch's threads wait for each other longer than they work."""
+"""A toy extractor, and a pipeline that can be sampled."""
 
 import pytest
 import torch
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

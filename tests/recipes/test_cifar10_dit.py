@@ -28,7 +28,9 @@ def recipe(monkeypatch):
 def settings(**changes):
     from loop import StageSettings
 
-    return StageSettings(**({"epochs": 4, "batch_size": 8, "learning_rate": 0.05, "warmup_steps": 2, "decay": 0.5, "weight_decay": 0.0, "ema": 0.9} | changes))
+    return StageSettings(
+        **({"epochs": 4, "batch_size": 8, "learning_rate": 0.05, "warmup_steps": 2, "decay": 0.5, "weight_decay": 0.0, "ema": 0.9} | changes)
+    )
 
 
 def fit_line(folder, stage_settings):
