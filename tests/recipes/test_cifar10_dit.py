@@ -63,7 +63,7 @@ def test_training_learns(recipe, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(recipe, tmp_path):
-    with pytest.raises(FloatingPointError, match="lower line.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"lower line\.learning_rate"):
         fit_line(tmp_path, settings(learning_rate=1e30, epochs=40, warmup_steps=0))
 
 
