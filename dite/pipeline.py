@@ -15,8 +15,7 @@ class Pipeline:
     """
 
     def __init__(self, pipe: Any):
-        self.pipe = pipe
-        self._report = None
+        object.__setattr__(self, "pipe", pipe)
 
     @classmethod
     def from_pretrained(
@@ -38,6 +37,15 @@ class Pipeline:
             raise AttributeError(name)
         return getattr(self.pipe, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `pipe.scheduler = ...` is diffusers' own idiom: it must reach the pipeline that samples.
+        setattr(self.pipe, name, value)
+
+    def to(self, *args: Any, **kwargs: Any) -> Pipeline:
+        """Move or cast the pipeline; returns this wrapper."""
+        self.pipe.to(*args, **kwargs)
+        return self
+
     def __repr__(self) -> str:
         return f"dite.Pipeline({type(self.pipe).__name__})"
 
@@ -45,8 +53,7 @@ class Pipeline:
         """`dite.quantize` on this pipeline; returns its report."""
         from dite.ptq.quantize import quantize
 
-        self._report = quantize(self.pipe, recipe, **options)
-        return self._report
+        return quantize(self.pipe, recipe, **options)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """`dite.save` of this pipeline."""

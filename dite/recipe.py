@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from dite.errors import RecipeError, did_you_mean
-from dite.quant.scheme import ActivationScheme, LayerScheme, Strict, WeightScheme
+from dite.quant.scheme import ActivationScheme, GroupSize, LayerScheme, Strict, WeightScheme
 
 
 class LayerDefaults(Strict):
@@ -32,7 +33,7 @@ class WeightOverride(Strict):
     """The keys of a weight scheme that a pattern changes; keys not given stay as they are."""
 
     num_bits: Literal[4, 6, 8] = 8
-    group_size: int | None = None
+    group_size: GroupSize = None
     symmetric: bool = False
 
 
@@ -60,6 +61,15 @@ class QuantRecipe(Strict):
     rounding: Literal["nearest"] = "nearest"
     search: Search = Field(default_factory=Search)
     layers: dict[str, LayerOverride] = Field(default_factory=dict)
+
+    def names(self, name: str) -> bool:
+        """Whether a pattern gives layer `name` a weight scheme: then it is quantized even outside the blocks."""
+        return any(override.weight is not None and fnmatch.fnmatchcase(name, pattern) for pattern, override in self.layers.items())
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Patterns that match none of `names`."""
+        names = list(names)
+        return [pattern for pattern in self.layers if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
 
     def scheme(self, name: str, kind: Literal["token", "conditioning"]) -> LayerScheme | str:
         """The scheme of layer `name`, or the reason why it is skipped. Later patterns win."""

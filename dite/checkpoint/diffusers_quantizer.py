@@ -21,7 +21,7 @@ from dite.checkpoint.format import FORMAT_VERSION
 from dite.checkpoint.register import register_with_diffusers
 from dite.errors import CheckpointError
 from dite.models.planning import make_plan
-from dite.quant.apply import insert_empty_layers_, quantize_linears_, quantized_layers
+from dite.quant.apply import check_weights, insert_empty_layers_, quantize_linears_, quantized_layers
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan, StoredPlan
 from dite.recipe import Defaults, QuantRecipe, load_recipe
@@ -120,6 +120,7 @@ class DiteQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             recipe = self.quantization_config.recipe
             plan = make_plan(model, recipe, allow_marked=True)
+            check_weights(model, plan)
             quantize_linears_(model, plan)
             self.quantization_config = DiteConfig.of(plan, recipe)
             model.register_to_config(quantization_config=self.quantization_config)

@@ -12,9 +12,12 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dite.errors import UnsupportedModel
+from dite.errors import UnsupportedModel, UsageError
 
+OUTSIDE = "outside the transformer blocks (embedder or last projection)"
+READ_DIRECTLY = "nn.MultiheadAttention reads this layer's weight itself"
 MIN_SHARE = 0.02
 MIN_MEMBERS = 2
 # Class-name fragments of modules whose linears see the conditioning vector, for models that can't be run.
@@ -50,27 +53,28 @@ class Discovery:
     basis: str = "observed"
 
 
-def discover(model: nn.Module, example_inputs: Mapping | None = None) -> Discovery:
-    """Blocks and linears of `model`. Raises UnsupportedModel when it has no repeated transformer blocks."""
+def discover(model: nn.Module, example_inputs: Mapping | None = None, *, strict: bool = False) -> Discovery:
+    """Blocks and linears of `model`. Raises UnsupportedModel when it has no repeated transformer blocks.
+
+    When the forward on `example_inputs` fails, structure decides, and `basis` says so; with `strict` (a user's own inputs) it is a UsageError.
+    """
     blocks = find_blocks(model)
     if not blocks:
         raise UnsupportedModel(
             f"{type(model).__name__} has no list of at least {MIN_MEMBERS} like blocks with linears and more than {MIN_SHARE:.0%} of its parameters",
             "dite works on diffusion transformers; UNets and single-block models are not supported",
         )
-    inside = {
-        name: module for name, module in model.named_modules() if is_linear(module) and any(name.startswith(block.path + ".") for block in blocks)
-    }
+    inside, outside = {}, {}
+    for name, module in model.named_modules():
+        if is_linear(module):
+            reason = skip_reason(name, module, any(name.startswith(block.path + ".") for block in blocks))
+            (outside if reason else inside)[name] = reason or module
     kinds, basis = observe_kinds(model, inside, example_inputs) if example_inputs else ({}, "structure")
+    if strict and basis != "observed":
+        raise UsageError("the example inputs don't fit the model", basis, "give the keyword arguments of the model's forward")
     linears = [
-        LinearInfo(name, kinds.get(name) or kind_by_structure(model, name), module.in_features, module.out_features)
-        for name, module in inside.items()
+        LinearInfo(name, kinds.get(name) or kind_by_structure(model, name), module.in_features, module.out_features) for name, module in inside.items()
     ]
-    outside = {
-        name: "outside the transformer blocks (embedder or last projection)"
-        for name, module in model.named_modules()
-        if is_linear(module) and name not in inside
-    }
     return Discovery(blocks, linears, outside, basis)
 
 
@@ -90,8 +94,15 @@ def find_blocks(model: nn.Module) -> list[BlockList]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A plain linear, or one of diffusers' that behaves as one."""
+    """A linear, also a subclass of it."""
     return isinstance(module, nn.Linear)
+
+
+def skip_reason(name: str, module: nn.Module, inside: bool) -> str | None:
+    """Why a linear is left alone whatever a recipe's defaults say; None for those that they decide."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return READ_DIRECTLY
+    return None if inside else OUTSIDE
 
 
 @torch.no_grad()
@@ -107,13 +118,14 @@ def observe_kinds(model: nn.Module, linears: Mapping[str, nn.Module], example_in
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         model.eval()(**example_inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return {}, f"structure (the example forward failed: {str(error).splitlines()[0]})"
+    except Exception as error:  # a model may fail in any way on inputs that don't fit it
+        return {}, f"structure (the example forward failed: {(str(error) or type(error).__name__).splitlines()[0]})"
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for handle in handles:
             handle.remove()
     return kinds, "observed"
@@ -127,5 +139,9 @@ def kind_by_structure(model: nn.Module, name: str) -> str:
         module = getattr(module, part)
         if index and any(fragment in type(module).__name__ for fragment in CONDITIONING_CLASSES):
             return "conditioning"
-    after_silu = any(name == parts[-1] and isinstance(before, nn.SiLU) for (_, before), (name, _) in pairwise(module.named_children()))
-    return "conditioning" if after_silu else "token"
+    for (_, before), (child, _) in pairwise(module.named_children()):
+        if is_linear(before):
+            break  # an activation behind a linear makes a feed-forward, not a modulation
+        if child == parts[-1] and isinstance(before, nn.SiLU):
+            return "conditioning"
+    return "token"

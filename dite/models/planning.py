@@ -1,10 +1,9 @@
 """Recipe + model → plan."""
 
-import torch
 from torch import nn
 
 from dite.errors import UnsupportedModel, UsageError
-from dite.models.discovery import Discovery, discover
+from dite.models.discovery import OUTSIDE, Discovery, LinearInfo, discover, kind_by_structure
 from dite.models.families import example_inputs
 from dite.quant.apply import quantized_layers
 from dite.quant.plan import LayerPlan, QuantPlan
@@ -18,8 +17,13 @@ def make_plan(model: nn.Module, recipe: QuantRecipe, discovery: Discovery | None
     """
     refuse_quantized(model, allow_marked)
     discovery = discovery or discover(model, example_inputs(model))
-    layers, skipped = [], dict(discovery.outside)
-    for linear in discovery.linears:
+    layers, skipped, linears = [], dict(discovery.outside), list(discovery.linears)
+    for name, reason in discovery.outside.items():
+        if reason == OUTSIDE and recipe.names(name):
+            module = model.get_submodule(name)
+            linears.append(LinearInfo(name, kind_by_structure(model, name), module.in_features, module.out_features))
+            del skipped[name]
+    for linear in linears:
         scheme = recipe.scheme(linear.name, linear.kind)
         if isinstance(scheme, str):
             skipped[linear.name] = scheme
@@ -28,20 +32,13 @@ def make_plan(model: nn.Module, recipe: QuantRecipe, discovery: Discovery | None
     if not layers:
         raise UnsupportedModel(f"recipe {recipe.name} leaves all {len(skipped)} linears alone", "give at least one kind of linear a weight scheme")
     planned = sum(layer.in_features * layer.out_features for layer in layers)
-    return QuantPlan(layers, skipped, baseline_bytes(model) - 2 * planned)
+    unmatched = recipe.unmatched([*(linear.name for linear in linears), *skipped])
+    return QuantPlan(layers, skipped, baseline_bytes(model) - 2 * planned, discovery.basis, unmatched)
 
 
 def baseline_bytes(model: nn.Module) -> int:
     """What the model's weights take on disk in bf16."""
     return 2 * sum(tensor.numel() for tensor in model.state_dict().values())
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """What the model's weights take on disk, floats that aren't scales counted in bf16."""
-    return sum(
-        tensor.numel() * (2 if tensor.dtype in (torch.float32, torch.float64) and not name.endswith(".scale") else tensor.element_size())
-        for name, tensor in model.state_dict().items()
-    )
 
 
 def refuse_quantized(model: nn.Module, allow_marked: bool = False) -> None:

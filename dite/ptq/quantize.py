@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,18 @@ from dite.checkpoint.diffusers_quantizer import mark_quantized_
 from dite.models.access import denoisers
 from dite.models.discovery import discover
 from dite.models.planning import baseline_bytes, make_plan
-from dite.quant.apply import Progress, quantize_linears_
+from dite.quant.apply import Progress, check_weights, quantize_linears_
 from dite.quant.plan import QuantPlan
 from dite.recipe import QuantRecipe, load_recipe
 
 
 @dataclass(frozen=True)
 class QuantReport:
-    """What was done, layer by layer. `bytes` and `baseline_bytes` are the transformer's weights on disk, the baseline counted in bf16."""
+    """What was done, layer by layer.
+
+    `bytes` and `baseline_bytes` are the transformer's weights on disk, the baseline counted in bf16. `basis` says how token and conditioning linears
+    were told apart; `unmatched_patterns` are those of the recipe's `layers` that name nothing in this model.
+    """
 
     recipe: QuantRecipe
     layers: list[dict[str, Any]]
@@ -27,10 +31,13 @@ class QuantReport:
     bytes: int
     seconds: float
     peak_memory_bytes: int
+    basis: str = "observed"
+    unmatched_patterns: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `dite quantize --json`."""
-        values = {key: getattr(self, key) for key in ("layers", "skipped", "baseline_bytes", "bytes", "seconds", "peak_memory_bytes")}
+        values = {key: getattr(self, key) for key in ("layers", "skipped", "baseline_bytes", "bytes", "seconds", "peak_memory_bytes", "basis")}
+        values["unmatched_patterns"] = list(self.unmatched_patterns)
         return {"recipe": self.recipe.model_dump(mode="json", exclude_unset=True)} | values
 
     def __str__(self) -> str:
@@ -58,6 +65,8 @@ def quantize(
     recipe = load_recipe(recipe, overrides)
     found = denoisers(model)
     plans = {name: _plan_one(part, recipe, example_inputs) for name, part in found.items()}
+    for name, part in found.items():
+        check_weights(part, plans[name])
     baseline = sum(baseline_bytes(part) for part in found.values())
     layers, skipped = [], {}
     for name, part in found.items():
@@ -67,12 +76,23 @@ def quantize(
         layers += [_row(prefix, layer, errors[layer.name]) for layer in plans[name].layers]
         skipped |= {prefix + layer: reason for layer, reason in plans[name].skipped.items()}
     size = sum(tensor.numel() * tensor.element_size() for part in found.values() for tensor in part.state_dict().values())
-    return QuantReport(recipe, layers, skipped, baseline, size, time.monotonic() - started, peak_memory_bytes())
+    first, *others = plans.values()
+    unmatched = tuple(pattern for pattern in first.unmatched if all(pattern in other.unmatched for other in others))
+    return QuantReport(recipe, layers, skipped, baseline, size, time.monotonic() - started, peak_memory_bytes(), first.basis, unmatched)
 
 
 def plan(model: Any, recipe: str | Path | dict | QuantRecipe, example_inputs: dict | None = None) -> QuantPlan:
-    """What `quantize` would do, without doing it. With two transformers, the first one's."""
-    return _plan_one(next(iter(denoisers(model).values())), load_recipe(recipe), example_inputs)
+    """What `quantize` would do, without doing it; names of a second transformer's layers carry its component's name."""
+    found = denoisers(model)
+    plans = {_prefix(name, found): _plan_one(part, load_recipe(recipe), example_inputs) for name, part in found.items()}
+    first = next(iter(plans.values()))
+    return QuantPlan(
+        [replace(layer, name=prefix + layer.name) for prefix, one in plans.items() for layer in one.layers],
+        {prefix + name: reason for prefix, one in plans.items() for name, reason in one.skipped.items()},
+        sum(one.other_bytes for one in plans.values()),
+        first.basis,
+        first.unmatched,
+    )
 
 
 def peak_memory_bytes() -> int:
@@ -83,7 +103,7 @@ def peak_memory_bytes() -> int:
 
 def _plan_one(model, recipe: QuantRecipe, given: dict | None) -> QuantPlan:
     # Planned before anything is changed: a refusal must leave every component as it was.
-    return make_plan(model, recipe, discover(model, given) if given else None)
+    return make_plan(model, recipe, discover(model, given, strict=True) if given else None)
 
 
 def _row(prefix: str, layer, error: float) -> dict[str, Any]:

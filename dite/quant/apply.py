@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from dite.errors import UnsupportedModel
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan
 from dite.quant.scheme import LayerScheme
@@ -16,19 +17,27 @@ Progress = Callable[[str, int, int], None]
 def quantize_linears_(model: nn.Module, plan: QuantPlan, progress: Progress | None = None) -> dict[str, float]:
     """Round every planned linear of `model` to nearest, in place; returns each weight's relative error ‖W − Ŵ‖ / ‖W‖.
 
-    `progress(name, done, total)` is called after each layer. Weights are checked before anything changes: QuantizationError names a bad layer.
+    `progress(name, done, total)` is called after each layer. Raises QuantizationError at a layer that can't be quantized, those before it done:
+    call `check_weights` first.
     """
-    for layer in plan.layers:
-        QuantLinear.check_weight(model.get_submodule(layer.name), layer.name)
     errors = {}
     for index, layer in enumerate(plan.layers):
         linear = model.get_submodule(layer.name)
-        quantized = QuantLinear.from_linear(linear, layer.scheme)
+        quantized = QuantLinear.from_linear(linear, layer.scheme, layer.name)
         errors[layer.name] = _relative_error(linear.weight, quantized)
         replace_(model, layer.name, quantized)
         if progress:
             progress(layer.name, index + 1, len(plan.layers))
     return errors
+
+
+def check_weights(model: nn.Module, plan: QuantPlan) -> None:
+    """Raise QuantizationError, which names the layer, if a planned weight is not finite; UnsupportedModel if it isn't in memory."""
+    for layer in plan.layers:
+        linear = model.get_submodule(layer.name)
+        if linear.weight.is_meta:
+            raise UnsupportedModel(f"the weight of {layer.name} is not in memory (meta device)", "load the model without offloading first")
+        QuantLinear.check_weight(linear, layer.name)
 
 
 def insert_empty_layers_(model: nn.Module, layers: Mapping[str, LayerScheme], device: torch.device | str = "meta") -> None:

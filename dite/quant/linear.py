@@ -1,14 +1,14 @@
 """The quantized linear layer: packed codes on disk and in memory, integers in its arithmetic.
 
 Everything it holds is a buffer: some diffusers models read `next(module.parameters()).dtype`, which must not find integers. It subclasses
-`nn.Linear`, on whose type adapters and hooks dispatch; its `weight` is None. Casting the model (`.bfloat16()`, `.to(dtype)`) casts the bias
+`nn.Linear`, so that code which looks for linears finds it; its `weight` is None. Casting the model (`.bfloat16()`, `.to(dtype)`) casts the bias
 and leaves the scales as they were stored: a scale cast to bf16 is off by up to 0.4%.
 """
 
 import torch
 from torch import nn
 
-from dite.errors import QuantizationError, UnsupportedEnvironment
+from dite.errors import QuantizationError, UnsupportedEnvironment, UsageError, did_you_mean
 from dite.quant.scheme import LayerScheme
 from dite_kernels import backends
 from dite_kernels.packing import packed_columns
@@ -41,10 +41,12 @@ class QuantLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: LayerScheme, name: str = "layer") -> "QuantLinear":
         """Round a linear's weight to nearest. Raises QuantizationError that names the layer if it holds NaN or inf."""
-        cls.check_weight(linear, name)
         weight = linear.weight.detach()
         layer = cls(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=weight.device, dtype=weight.dtype)
         layer.tensor = quantize_weight(weight, layer.spec)
+        if not torch.isfinite(layer.scale).all():
+            cls.check_weight(linear, name)
+            raise QuantizationError(f"layer {name} can't be quantized", "its weights are so large that a scale overflows fp32", "repair the checkpoint")
         if linear.bias is not None:
             layer.bias = linear.bias.detach().clone()
         return layer.train(linear.training)
@@ -52,8 +54,9 @@ class QuantLinear(nn.Linear):
     @staticmethod
     def check_weight(linear: nn.Linear, name: str) -> None:
         """Raise QuantizationError unless every weight is finite."""
-        bad = linear.weight.numel() - int(torch.isfinite(linear.weight).sum())
-        if bad:
+        # The extremes carry any NaN or inf, in one pass; counting is for the message.
+        if not torch.isfinite(torch.stack(torch.aminmax(linear.weight.detach()))).all():
+            bad = linear.weight.numel() - int(torch.isfinite(linear.weight).sum())
             why = f"{bad} of its {linear.weight.numel()} weights are NaN or inf"
             raise QuantizationError(
                 f"layer {name} can't be quantized",
@@ -86,11 +89,14 @@ class QuantLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{weight.num_bits} g{weight.group_size or 'all'}, {inputs}"
 
     def _prepare(self, x: torch.Tensor) -> tuple:
-        key = (self.backend, x.dtype, x.device)
+        key = (self.backend, x.dtype, x.device, id(self.qdata), id(self.scale), id(self.zero_point))
         if self._prepared is None or self._prepared[0] != key:
             backend = select_backend(self.spec, x.device, self.backend)
             self._prepared = (key, backend, backend.prepare(self.tensor, self.spec, x.dtype))
         return self._prepared[1:]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_prepared": None}  # copies and pickles prepare their own
 
     def _apply(self, fn, recurse=True):
         scale = self.scale
@@ -133,8 +139,14 @@ def select_backend(spec: LinearSpec, device: torch.device, name: str) -> backend
 
 
 def set_backend(model: nn.Module, name: str) -> None:
-    """Choose what runs every quantized linear of `model`. Raises UnsupportedEnvironment, and changes nothing, if a layer can't use it."""
+    """Choose what runs every quantized linear of `model`.
+
+    Raises UsageError for an unknown name, UnsupportedEnvironment if a layer can't use it; then nothing changes.
+    """
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if name not in ("auto", *backends.BACKENDS):
+        known = ["auto", *backends.BACKENDS]
+        raise UsageError(f"no backend named {name}", f"known: {', '.join(known)}", did_you_mean(name, known) or "see `dite doctor`")
     for layer in layers:
         select_backend(layer.spec, layer.qdata.device, name)
     for layer in layers:

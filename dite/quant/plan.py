@@ -29,11 +29,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """Layers in the model's order, and the linears left alone with the reason. `other_bytes`: the rest of the model, in bf16."""
+    """Layers in the model's order, and the linears left alone with the reason.
+
+    `other_bytes`: the rest of the model, in bf16; `basis`: how token and conditioning linears were told apart; `unmatched`: patterns of the recipe
+    that no linear of this model has a name for.
+    """
 
     layers: list[LayerPlan]
     skipped: dict[str, str] = field(default_factory=dict)
     other_bytes: int = 0
+    basis: str = "observed"
+    unmatched: list[str] = field(default_factory=list)
 
     @property
     def estimated_bytes(self) -> int:

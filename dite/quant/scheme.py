@@ -1,8 +1,8 @@
 """What a quantized linear is: bits, groups, symmetry. Pure data, no torch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Strict(BaseModel):
@@ -11,21 +11,24 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _multiple_of_16(value: int | None) -> int | None:
+    if value is not None and (value < 16 or value % 16 or value > MAX_GROUP_SIZE):
+        nearest = min(max(16, round(value / 16) * 16), MAX_GROUP_SIZE)
+        rule = f"group_size {value} must be a multiple of 16 from 16 to {MAX_GROUP_SIZE}, or null for one group a row"
+        raise ValueError(f"{rule}; try {nearest}")
+    return value
+
+
+MAX_GROUP_SIZE = 32768  # the sum of a group must fit int32
+GroupSize = Annotated[int | None, AfterValidator(_multiple_of_16)]
+
+
 class WeightScheme(Strict):
     """Codes of `num_bits` in groups of `group_size` along the input features (None: one group a row)."""
 
     num_bits: Literal[4, 6, 8] = 8
-    group_size: int | None = 128
+    group_size: GroupSize = 128
     symmetric: bool = False
-
-    @field_validator("group_size")
-    @classmethod
-    def _multiple_of_16(cls, value: int | None) -> int | None:
-        if value is not None and (value < 16 or value % 16):
-            raise ValueError(
-                f"group_size {value} must be a positive multiple of 16, or null for one group a row; try {max(16, round(value / 16) * 16)}"
-            )
-        return value
 
     def groups(self, in_features: int) -> int:
         """How many groups a row of `in_features` has; the last one may be shorter.

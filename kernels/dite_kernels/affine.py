@@ -34,13 +34,22 @@ def group_count(columns: int, group_size: int | None) -> int:
     return 1 if group_size is None else -(-columns // group_size)
 
 
+def group_width(columns: int, group_size: int | None) -> int:
+    """Columns in a full group: never more than a row has.
+
+    >>> group_width(1152, 256), group_width(7, 16), group_width(7, None)
+    (256, 7, 7)
+    """
+    return max(1, min(group_size or columns, columns))
+
+
 def to_groups(x_NK: torch.Tensor, group_size: int | None) -> torch.Tensor:
     """[N, K] → [N, G, g], the last group padded with zeros."""
     rows, columns = x_NK.shape
-    size = group_size or max(columns, 1)
+    width = group_width(columns, group_size)
     groups = group_count(columns, group_size)
-    padded = F.pad(x_NK, (0, groups * size - columns)) if groups * size > columns else x_NK
-    return padded.reshape(rows, groups, size)
+    padded = F.pad(x_NK, (0, groups * width - columns)) if groups * width > columns else x_NK
+    return padded.reshape(rows, groups, width)
 
 
 def from_groups(x_NGg: torch.Tensor, columns: int) -> torch.Tensor:
@@ -54,18 +63,25 @@ def quantize(x_NK: torch.Tensor, num_bits: int, group_size: int | None, symmetri
     `half_scales` stores fp16 scales, rounded *up* so that a range still covers its extremes and |x − value| ≤ scale/2 keeps holding; scales that
     fp16 would flush or overflow stay fp32. A group of zeros gets scale 1. NaN and inf give a non-finite scale in their own group only.
     """
-    levels = 2**num_bits - 1
     grouped = to_groups(x_NK.float(), group_size)
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    scale, zero = ranges(grouped, num_bits, symmetric, half_scales)
+    wide = scale.float()
+    codes = ((grouped / wide[..., None]).round() + zero[..., None]).clamp(0, 2**num_bits - 1)
+    # nan_to_num only makes the cast defined: the non-finite scale already poisons the value.
+    return Quantized(from_groups(codes.nan_to_num(0).to(torch.uint8), x_NK.shape[1]).contiguous(), scale, zero.nan_to_num(0).to(torch.uint8))
+
+
+def ranges(grouped: torch.Tensor, num_bits: int, symmetric: bool, half_scales: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (fp32, or fp16 with `half_scales`) and zero point (whole numbers in fp32) of each group [..., g]."""
+    levels = 2**num_bits - 1
+    low, high = grouped.aminmax(dim=-1)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = torch.maximum(-low, high) / (levels // 2) if symmetric else (high - low) / levels
     scale = torch.where(scale == 0, 1.0, scale)
     if half_scales:
         scale = _round_up_to_half(scale)
-    wide = scale.float()
-    zero = torch.full_like(wide, levels // 2 + 1) if symmetric else (-low / wide).round().clamp(0, levels)
-    codes = ((grouped / wide[..., None]).round() + zero[..., None]).clamp(0, levels)
-    # nan_to_num only makes the cast defined: the non-finite scale already poisons the value.
-    return Quantized(from_groups(codes.nan_to_num(0).to(torch.uint8), x_NK.shape[1]).contiguous(), scale, zero.nan_to_num(0).to(torch.uint8))
+    zero = torch.full_like(low, levels // 2 + 1) if symmetric else (-low / scale.float()).round().clamp(0, levels)
+    return scale, zero
 
 
 def dequantize(

@@ -68,8 +68,6 @@ class IntMM(Backend):
     """torch's int8 product, one call a group."""
 
     def refusal(self, spec, device):
-        if spec.activation_bits is None:
-            return "weight-only layers have no integer activations"
         if spec.in_features % (spec.group_size or spec.in_features + 1) == 1 or spec.in_features == 1:
             return "torch's CPU product is wrong for groups of one column"
         if device.type == "cuda" and (spec.out_features % 8 or (spec.group_size or spec.in_features) % 8 or spec.in_features % 8):
@@ -90,7 +88,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Reference("reference", "exact integer sums in plain torch; slow, the oracle of the others"),
-        IntMM("int_mm", "torch's int8 matrix product, one call a group"),
+        IntMM("int_mm", "torch's int8 matrix product, one call a group; weight-only layers run as expanded"),
         Expanded("expanded", "weights unpacked once to the model's dtype, then one matrix product"),
         Dequantize("dequantize", "weights unpacked at each call, then one matrix product; smallest memory"),
     )
@@ -100,10 +98,12 @@ BACKENDS = {
 def select(spec: LinearSpec, device: torch.device, name: str | None = None) -> Backend:
     """The backend for `spec` on `device`: `name`, else DITE_BACKEND, else auto's choice. Raises BackendUnavailable."""
     name = name or os.environ.get("DITE_BACKEND") or "auto"
+    if name not in ("auto", *BACKENDS):
+        raise BackendUnavailable(f"no backend named {name}; use auto, {', '.join(BACKENDS)}")
     if name == "auto":
         return BACKENDS["expanded" if device.type == "cpu" else "dequantize"]
-    if name not in BACKENDS:
-        raise BackendUnavailable(f"no backend named {name}; use auto, {', '.join(BACKENDS)}")
+    if name == "int_mm" and spec.activation_bits is None:
+        return BACKENDS["expanded"]  # float activations have no integer product; every recipe has such layers
     reason = BACKENDS[name].refusal(spec, device)
     if reason:
         raise BackendUnavailable(f"backend {name} can't run this layer: {reason}; use auto, or one of {', '.join(BACKENDS)}")

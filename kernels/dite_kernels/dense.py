@@ -17,26 +17,21 @@ from dite_kernels.quant_tensor import LinearSpec
 def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias: torch.Tensor | None, spec: LinearSpec) -> torch.Tensor:
     """y [M, N] in x's dtype, from the dequantized weight in the same dtype."""
     if spec.activation_bits is None:
-        return F.linear(x_MK, weight_NK, bias)
+        return F.linear(x_MK, weight_NK, None if bias is None else bias.to(x_MK.dtype))
     integers, scale = _integers(x_MK, spec)
     if spec.activation_per_group and spec.groups > 1:
         values = affine.from_groups(integers * scale[..., None], x_MK.shape[1])
-        return F.linear(values.to(x_MK.dtype), weight_NK, bias)
+        return F.linear(values.to(x_MK.dtype), weight_NK, None if bias is None else bias.to(x_MK.dtype))
     integers = affine.from_groups(integers, x_MK.shape[1])
-    y = F.linear(integers.to(x_MK.dtype), weight_NK).float().mul_(scale)
-    return (y if bias is None else y.add_(bias)).to(x_MK.dtype)
+    if x_MK.dtype == torch.float16:  # sums of raw integers pass 65504; k/256 is exact in fp16 for |k| ≤ 255
+        integers, scale = integers / 256, scale * 256
+    y = F.linear(integers.to(x_MK.dtype), weight_NK).float() * scale
+    return (y if bias is None else y + bias.float()).to(x_MK.dtype)
 
 
 def _integers(x_MK: torch.Tensor, spec: LinearSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """code − zero_point as fp32 [M, G, g], and the scales [M, G]; the same roundings as `affine.quantize`, without going through uint8."""
-    levels = 2**spec.activation_bits - 1
+    """code − zero_point as fp32 [M, G, g], and the scales [M, G]: `affine.quantize`, without going through uint8."""
     grouped = affine.to_groups(x_MK.float(), spec.activation_group_size)
-    low, high = grouped.aminmax(dim=-1)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = torch.maximum(-low, high) / (levels // 2) if spec.activation_symmetric else (high - low) / levels
-    scale = torch.where(scale == 0, 1.0, scale)
-    integers = (grouped / scale[..., None]).round_()
-    if spec.activation_symmetric:
-        return integers.clamp_(-(levels // 2) - 1, levels // 2), scale
-    zero = (-low / scale).round_().clamp_(0, levels)[..., None]
-    return torch.clamp(integers, -zero, levels - zero, out=integers), scale
+    scale, zero = affine.ranges(grouped, spec.activation_bits, spec.activation_symmetric)
+    zero = zero[..., None]
+    return torch.clamp((grouped / scale[..., None]).round(), -zero, 2**spec.activation_bits - 1 - zero), scale

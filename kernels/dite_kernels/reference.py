@@ -19,12 +19,13 @@ MAX_GROUP = (2**31 - 1) // 255**2
 
 def accumulate(x_codes: torch.Tensor, x_zero: torch.Tensor, weight: QuantTensor, spec: LinearSpec) -> torch.Tensor:
     """int32 accumulators [G, M, N] from activation codes uint8 [M, K] and their zero points [M, 1 or G]."""
-    if (spec.group_size or spec.in_features) > MAX_GROUP:
-        raise ValueError(f"a group of {spec.group_size or spec.in_features} columns can overflow int32; use groups of at most {MAX_GROUP}")
+    width = affine.group_width(spec.in_features, spec.group_size)
+    if width > MAX_GROUP:
+        raise ValueError(f"a group of {width} columns can overflow int32; use groups of at most {MAX_GROUP}")
     # Padding is written as "code equals zero point", so that a short last group adds nothing.
     x = affine.to_groups(x_codes, spec.group_size).double() - x_zero.double()[..., None]
     w = affine.to_groups(weight.codes(spec), spec.group_size).double() - weight.zeros(spec).double()[..., None]
-    tail = spec.groups * (spec.group_size or spec.in_features) - spec.in_features
+    tail = spec.groups * width - spec.in_features
     if tail:
         w[:, -1, -tail:] = 0
     return torch.einsum("mgk,ngk->gmn", x, w).to(torch.int32)

@@ -20,7 +20,7 @@ def build(k, n, group_size, weight_bits=4, weight_symmetric=False, activation=(8
 
 
 def run(name, x, packed, bias, spec):
-    backend = backends.BACKENDS[name]
+    backend = backends.select(spec, x.device, name)
     return backend.linear(x, backend.prepare(packed, spec, x.dtype), bias, spec)
 
 
@@ -31,13 +31,48 @@ def run(name, x, packed, bias, spec):
 def test_a_backend_agrees_with_the_reference(name, shape, activation, bits, symmetric):
     m, k, n, group_size = shape
     spec, _, packed = build(k, n, group_size, bits, symmetric, activation)
-    if backends.BACKENDS[name].refusal(spec, torch.device("cpu")):
+    if spec.activation_bits and backends.BACKENDS[name].refusal(spec, torch.device("cpu")):
         with pytest.raises(backends.BackendUnavailable):
             backends.select(spec, torch.device("cpu"), name)
         return
     x, bias = torch.randn(m, k), torch.randn(n)
     expected = reference.linear(x, packed, bias, spec)
     assert (run(name, x, packed, bias, spec) - expected).abs().max() <= FP32_TOLERANCE * max(1, expected.abs().max().item())
+
+
+# fp16 has 11 significant bits, bf16 has 8; weights, products and results are each rounded once.
+@pytest.mark.parametrize("name", [name for name in backends.BACKENDS if name != "reference"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+@pytest.mark.parametrize("activation", ARITHMETIC)
+def test_a_backend_agrees_with_the_reference_at_half_precision(name, dtype, tolerance, activation):
+    spec, _, packed = build(300, 16, 64, 4, False, activation)
+    x, bias = torch.randn(20, 300).to(dtype), torch.randn(16)
+    y, expected = run(name, x, packed, bias, spec), reference.linear(x.float(), packed, bias, spec)
+    assert y.dtype == dtype and (y.float() - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("name", list(backends.BACKENDS))
+def test_sums_of_codes_do_not_overflow_fp16(name):
+    spec = LinearSpec(512, 4, 8, 128, activation_bits=8)
+    y = run(name, torch.ones(2, 512).half(), quantize_weight(torch.ones(4, 512), spec), None, spec)
+    assert (y.float() - 512).abs().max() < 2
+
+
+@pytest.mark.parametrize("name", list(backends.BACKENDS))
+def test_a_layer_can_stand_in_a_graph_that_wants_gradients(name):
+    spec, _, packed = build(64, 8, 16)
+    x = torch.randn(3, 64, requires_grad=True)
+    assert run(name, x * 1, packed, None, spec).isfinite().all()
+
+
+def test_a_group_larger_than_the_row_allocates_no_more_than_the_row():
+    spec = LinearSpec(48, 4, 4, 16_000_000_000, activation_bits=8)
+    packed = quantize_weight(torch.randn(4, 48), spec)
+    assert run("reference", torch.randn(2, 48), packed, None, spec).shape == (2, 4)
+
+
+def test_forcing_int_mm_leaves_weight_only_layers_to_floats_and_says_so():
+    assert backends.select(LinearSpec(64, 8, 4, 16), torch.device("cpu"), "int_mm").name == "expanded"
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from dite.errors import UnsupportedModel
+import dite
+from dite.errors import UnsupportedModel, UsageError
 from dite.models.discovery import discover
 from dite.models.families import example_inputs
 
@@ -38,7 +39,60 @@ def test_a_home_made_transformer_is_found_without_its_name():
             self.inner = nn.ModuleDict({"layers": nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32) for _ in range(3))})
 
     found = discover(Home())
-    assert [(block.path, block.count) for block in found.blocks] == [("inner.layers", 3)] and len(found.linears) == 9
+    assert [(block.path, block.count) for block in found.blocks] == [("inner.layers", 3)]
+    # Three feed-forward pairs; the attention's out_proj is read behind the layer's back and must stay.
+    assert len(found.linears) == 6 and len(found.outside) == 3
+
+
+class Gated(nn.Module):
+    """A block with a feed-forward through SiLU, a modulation after SiLU, and some of it frozen in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.ff = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 16))
+        self.mod = nn.Sequential(nn.SiLU(), nn.Linear(16, 32))
+
+    def forward(self, x, c):
+        return x + self.ff(x) * self.mod(c)[:, None, :16]
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Gated() for _ in range(2))
+
+    def forward(self, x, c):
+        for layer in self.layers:
+            x = layer(x, c)
+        return x
+
+
+INPUTS = {"x": torch.randn(1, 5, 16), "c": torch.randn(1, 16)}
+
+
+@pytest.mark.parametrize("inputs", [None, INPUTS])
+def test_a_silu_makes_a_modulation_only_without_a_linear_before_it(inputs):
+    kinds = {linear.name: linear.kind for linear in discover(Stack(), inputs).linears}
+    assert kinds["layers.0.ff.2"] == "token" and kinds["layers.0.mod.1"] == "conditioning"
+
+
+def test_looking_at_a_model_changes_no_training_mode():
+    model = Stack()
+    model.layers[0].eval()
+    discover(model, INPUTS)
+    assert model.training and not model.layers[0].training and model.layers[1].training
+
+
+def test_inputs_that_a_user_gave_must_fit():
+    with pytest.raises(UsageError, match="don't fit the model"):
+        discover(Stack(), {"x": torch.randn(1, 5, 3)}, strict=True)
+
+
+def test_a_home_made_model_quantizes_and_runs():
+    model = Stack()
+    before = model(**INPUTS)
+    report = dite.quantize(model, "w8a8", example_inputs=INPUTS)
+    assert report.basis == "observed" and (model(**INPUTS) - before).norm() / before.norm() < 0.05
 
 
 @pytest.mark.parametrize("model", [nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)]), nn.ModuleList([nn.ReLU(), nn.ReLU()]), nn.Module()])

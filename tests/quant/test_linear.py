@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dite.errors import QuantizationError, UnsupportedEnvironment
+from dite.errors import QuantizationError, UnsupportedEnvironment, UsageError
 from dite.quant.linear import QuantLinear, set_backend
 from dite.quant.scheme import ActivationScheme, LayerScheme, WeightScheme
 
@@ -85,7 +85,25 @@ def test_signal_to_noise_stays_above_its_floor(bits, floor_db):
 
 
 def test_a_backend_that_cannot_run_a_layer_is_refused_and_changes_nothing():
-    model = nn.Sequential(QuantLinear(32, 4, W4A8), QuantLinear(32, 4, LayerScheme(weight=WeightScheme())))
-    with pytest.raises(UnsupportedEnvironment, match="weight-only"):
+    model = nn.Sequential(QuantLinear(32, 4, W4A8), QuantLinear(33, 4, W4A8))
+    with pytest.raises(UnsupportedEnvironment, match="one column"):
         set_backend(model, "int_mm")
+    with pytest.raises(UsageError, match="no backend named int_m\n.*\ndid you mean int_mm"):
+        set_backend(model, "int_m")
     assert [layer.backend for layer in model] == ["auto", "auto"]
+
+
+def test_weights_changed_after_a_forward_are_not_ignored(layer):
+    x = torch.randn(3, 50)
+    before = layer(x)
+    layer.scale = layer.scale * 2
+    assert not torch.equal(before, layer(x))
+
+
+def test_weights_too_large_for_any_scale_are_refused():
+    linear = nn.Linear(16, 1)
+    torch.nn.init.constant_(linear.weight, 3e38)
+    with torch.no_grad():
+        linear.weight[0, 0] = -3e38
+    with pytest.raises(QuantizationError, match="scale"):
+        QuantLinear.from_linear(linear, W4A8, "huge")
