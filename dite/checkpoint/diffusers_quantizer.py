@@ -26,6 +26,8 @@ from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan, StoredPlan
 from dite.recipe import Defaults, QuantRecipe, load_recipe
 
+KEYS = ("quant_method", "format_version", "recipe", "defaults", "layers", "skipped", "calibration")
+
 
 class DiteMethod(str, Enum):  # noqa: UP042 - diffusers compares with plain strings
     """diffusers reads `.value`."""
@@ -65,6 +67,16 @@ class DiteConfig(QuantizationConfigMixin):
             where = ".".join(str(part) for part in first["loc"])
             raise CheckpointError("quantization_config can't be read", f"{where}: {first['msg']}", "is config.json damaged?") from error
         self.calibration = calibration
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What diffusers calls with a config.json's `quantization_config`."""
+        unknown = sorted(set(config_dict) - set(KEYS))
+        if unknown or type(config_dict.get("format_version", 0)) is not int:
+            why = f"unknown key {unknown[0]}" if unknown else "format_version is not a whole number"
+            raise CheckpointError("quantization_config can't be read", why, "is config.json damaged?")
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
 
     @classmethod
     def of(cls, plan: QuantPlan, recipe: QuantRecipe) -> "DiteConfig":
@@ -124,7 +136,7 @@ class DiteQuantizer(DiffusersQuantizer):
             quantize_linears_(model, plan)
             self.quantization_config = DiteConfig.of(plan, recipe)
             model.register_to_config(quantization_config=self.quantization_config)
-        check_layers(model)
+        check_tensors(model)
 
     @property
     def is_serializable(self) -> bool:
@@ -146,17 +158,18 @@ def mark_quantized_(model: nn.Module, plan: QuantPlan, recipe: QuantRecipe) -> N
     model.register_to_config(quantization_config=config)
 
 
-def check_layers(model: nn.Module) -> None:
-    """Raise CheckpointError unless every quantized layer is complete and sound: sizes, finite positive scales, nothing left on meta."""
+def check_tensors(model: nn.Module) -> None:
+    """Raise CheckpointError unless the model is complete and sound: nothing left on meta, every number finite, every quantized layer valid."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is missing", "the weights lack this tensor", "copy or download the folder again")
+        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
+            raise CheckpointError(f"{name} is damaged", "it holds NaN or inf", "copy or download the folder again")
     for name, layer in quantized_layers(model).items():
-        if any(buffer.is_meta for buffer in layer.buffers()):
-            raise CheckpointError(f"layer {name} is incomplete", "the weights lack one of its tensors", "copy or download the folder again")
         try:
             layer.tensor.validate(layer.spec)
         except ValueError as error:
             raise CheckpointError(f"layer {name} is damaged", str(error), "copy or download the folder again") from error
-        if layer.bias is not None and not torch.isfinite(layer.bias).all():
-            raise CheckpointError(f"layer {name} is damaged", "its bias holds NaN or inf", "copy or download the folder again")
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

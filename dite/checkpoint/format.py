@@ -21,6 +21,7 @@ MANIFEST = "dite_manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16_000_000
 MAX_HEADER_BYTES = 100_000_000
+HARMLESS = (".md", ".png", ".jpg", ".gitattributes")  # what people add to a model's folder, and no loader reads
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
@@ -47,12 +48,11 @@ def verify_folder(folder: Path) -> Manifest:
         size = path.stat().st_size
         if size != entry.size:
             raise CheckpointError(f"{name} is damaged", f"it has {size} bytes, the manifest says {entry.size}", "copy or download the folder again")
-    unlisted = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} - set(manifest.files)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    unlisted = sorted(name for name in found - {*manifest.files, MANIFEST} if not name.lower().endswith(HARMLESS))
     if unlisted:
         raise CheckpointError(
-            f"{min(unlisted)} is not in the manifest",
-            "weights that the manifest doesn't list are not loaded",
-            "remove the file, or save the model again",
+            f"{unlisted[0]} is not in the manifest", "a loader could read it unchecked", "remove the file, or save the model again with dite.save"
         )
     for name in manifest.files:
         if name.endswith(".safetensors"):
@@ -102,7 +102,10 @@ def regular_file(folder: Path, name: str) -> Path:
 
 def read_header(file: Path) -> dict[str, dict]:
     """The tensor entries of a safetensors file, checked: unique names, known dtypes, sizes that fit shapes, no gap, no overlap."""
-    size = file.stat().st_size
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise _bad(file, "it is not a regular file")
+    size = status.st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):

@@ -10,11 +10,12 @@ import yaml
 
 from dite import __version__
 from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, file_digest
-from dite.errors import OutputExists, UsageError
+from dite.errors import OutputExists, UnsupportedModel, UsageError
 from dite.models.access import denoisers, unwrap
 from dite.recipe import QuantRecipe
 
 RECIPE = "recipe.yaml"
+MODEL_FILES = {".safetensors", ".json", ".yaml", ".txt", ".model", ".md", ".png", ".gitattributes"}
 
 
 def save(model: Any, folder: str | Path, *, overwrite: bool = False, recipe: QuantRecipe | None = None) -> Path:
@@ -25,6 +26,8 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False, recipe: Qua
     """
     model = unwrap(model)
     denoisers(model)
+    if not hasattr(model, "save_pretrained"):
+        raise UnsupportedModel(f"a {type(model).__name__} is no diffusers model, so there is no folder format for it", "save its state_dict yourself")
     folder = Path(folder).absolute()
     check_output(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +54,8 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
         raise OutputExists(f"{folder} exists already", "nothing is overwritten unasked", "choose another -o, or add --overwrite")
     if folder.is_symlink() or not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "only a folder can be replaced by a model", "choose another -o")
-    if any(folder.iterdir()) and not any((folder / name).is_file() for name in (MANIFEST, "model_index.json", "config.json")):
+    strangers = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in MODEL_FILES]
+    if any(folder.iterdir()) and (strangers or not any((folder / name).is_file() for name in (MANIFEST, "model_index.json", "config.json"))):
         raise UsageError(
             f"{folder} holds something else than a model",
             "--overwrite replaces the whole folder, and there is no model in this one",
@@ -96,7 +100,8 @@ def _write_manifest(folder: Path) -> None:
     manifest = Manifest(format_version=FORMAT_VERSION, dite_version=__version__, files=files)
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     _sync(folder / MANIFEST)
-    _sync(folder)
+    for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _sync(directory)
 
 
 def _replace(temporary: Path, folder: Path) -> None:

@@ -1,5 +1,7 @@
 """`dite quantize`: a model, a recipe, a folder."""
 
+from pathlib import Path
+
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -7,6 +9,7 @@ from rich.table import Table
 import dite
 from dite.cli import options
 from dite.cli.output import Answer, megabytes, note, progress
+from dite.errors import UsageError
 from dite.recipe import load_recipe
 
 WORST = 5  # layers shown in the summary; --json has all
@@ -30,6 +33,8 @@ def quantize(
 
     if not dry_run:
         check_output(output, overwrite)
+        if output.exists() and Path(model).exists() and output.samefile(model):
+            raise UsageError(f"{output} is the model itself", "--overwrite would replace the original by its quantized copy", "choose another -o")
     from dite.models.load import load_pipeline
 
     pipe = load_pipeline(model, dtype=dtype and dtype.value)
@@ -41,6 +46,8 @@ def quantize(
         report = dite.quantize(pipe, chosen, progress=tick)
     note(f"writing {output}")
     dite.save(pipe, output, overwrite=overwrite, recipe=chosen)
+    for pattern in report.unmatched_patterns:
+        note(f"the recipe's pattern {pattern} names no linear of this model")
     document = {"output": str(output)} | report.to_dict()
     return Answer(document, _summary(document, model))
 

@@ -56,7 +56,7 @@ class Discovery:
 def discover(model: nn.Module, example_inputs: Mapping | None = None, *, strict: bool = False) -> Discovery:
     """Blocks and linears of `model`. Raises UnsupportedModel when it has no repeated transformer blocks.
 
-    When the forward on `example_inputs` fails, structure decides, and `basis` says so; with `strict` (a user's own inputs) it is a UsageError.
+    When the forward on `example_inputs` fails, structure decides, and `basis` says so; with `strict` (a user's own) it is a UsageError.
     """
     blocks = find_blocks(model)
     if not blocks:
@@ -73,7 +73,8 @@ def discover(model: nn.Module, example_inputs: Mapping | None = None, *, strict:
     if strict and basis != "observed":
         raise UsageError("the example inputs don't fit the model", basis, "give the keyword arguments of the model's forward")
     linears = [
-        LinearInfo(name, kinds.get(name) or kind_by_structure(model, name), module.in_features, module.out_features) for name, module in inside.items()
+        LinearInfo(name, kinds.get(name) or kind_by_structure(model, name), module.in_features, module.out_features)
+        for name, module in inside.items()
     ]
     return Discovery(blocks, linears, outside, basis)
 

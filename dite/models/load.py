@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dite.checkpoint.format import MANIFEST, read_header
-from dite.errors import CheckpointError, UsageError
+from dite.errors import CheckpointError, DiteError, UsageError
 from dite.models.builtin import builtin_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,14 +59,16 @@ def resolve(source: str | Path) -> Path | str:
 
 
 def from_pretrained(source: Path | str, dtype: torch.dtype | None = None) -> Any:
-    """diffusers' own loading of a pipeline folder, a model folder, or a hub id, with our errors."""
+    """diffusers' own loading of a pipeline folder, a model folder, or a hub id, with our errors; safetensors only, never a pickle."""
     import diffusers
 
     try:
         if isinstance(source, Path) and not (source / "model_index.json").is_file():
-            return _model_class(source).from_pretrained(source, **_dtype(dtype))
-        return diffusers.DiffusionPipeline.from_pretrained(source, **_dtype(dtype), **_labels(source))
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            return _model_class(source).from_pretrained(source, use_safetensors=True, **_dtype(dtype))
+        return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_dtype(dtype), **_labels(source))
+    except DiteError:
+        raise
+    except Exception as error:  # whatever diffusers raises on a folder it can't read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"can't load {source}", reason, "is the folder complete, and made by diffusers' save_pretrained or dite.save?"

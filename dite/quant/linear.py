@@ -46,7 +46,7 @@ class QuantLinear(nn.Linear):
         layer.tensor = quantize_weight(weight, layer.spec)
         if not torch.isfinite(layer.scale).all():
             cls.check_weight(linear, name)
-            raise QuantizationError(f"layer {name} can't be quantized", "its weights are so large that a scale overflows fp32", "repair the checkpoint")
+            raise QuantizationError(f"layer {name} can't be quantized", "its weights are so large that a scale overflows", "repair the checkpoint")
         if linear.bias is not None:
             layer.bias = linear.bias.detach().clone()
         return layer.train(linear.training)

@@ -9,6 +9,7 @@ import pytest
 import dite
 from dite.checkpoint.format import MANIFEST, read_header
 from dite.errors import CheckpointError, UsageError
+from dite.models.load import load_pipeline
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -50,6 +51,8 @@ ATTACKS = {
     "a named pipe": (replace_by_fifo, "not a regular file"),
     "a link out of the folder": (replace_by_link, "is a link"),
     "weights that are not listed": (lambda f: (f / "transformer/more.safetensors").write_bytes(b""), "not in the manifest"),
+    "a pickle that is not listed": (lambda f: (f / "transformer/diffusion_pytorch_model.bin").write_bytes(b""), "not in the manifest"),
+    "a config that is not listed": (lambda f: edit_manifest(f, lambda m: m["files"].pop("transformer/config.json")), "not in the manifest"),
     "a path out of the folder": (lambda f: edit_manifest(f, lambda m: m["files"].update({"../x": {"size": 0, "sha256": ""}})), "inside the folder"),
     "an absolute path": (lambda f: edit_manifest(f, lambda m: m["files"].update({"/etc/passwd": {"size": 0, "sha256": ""}})), "inside the folder"),
     "an unknown manifest key": (lambda f: edit_manifest(f, lambda m: m.update(run="rm")), "can't be read"),
@@ -125,12 +128,14 @@ LAYER = "transformer_blocks.0.attn1.to_q"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({f"{LAYER}.scale": t[f"{LAYER}.scale"] * float("nan")}), "finite"),
+        (lambda t: t.update({f"{LAYER}.scale": t[f"{LAYER}.scale"] * float("nan")}), "NaN or inf"),
         (lambda t: t.update({f"{LAYER}.scale": t[f"{LAYER}.scale"] * 0}), "> 0"),
-        (lambda t: t.update({f"{LAYER}.bias": t[f"{LAYER}.bias"] * float("inf")}), "bias holds NaN"),
+        (lambda t: t.update({f"{LAYER}.bias": t[f"{LAYER}.bias"] * float("inf")}), "NaN or inf"),
+        (lambda t: t.update({"proj_out_1.weight": t["proj_out_1.weight"] * float("nan")}), "proj_out_1.weight is damaged"),
+        (lambda t: t.pop("proj_out_1.weight"), "proj_out_1.weight is missing"),
         (lambda t: t.update({f"{LAYER}.qdata": t[f"{LAYER}.qdata"][:, :-1].contiguous()}), "wrong shape"),
         (lambda t: t.update({f"{LAYER}.qdata": t[f"{LAYER}.qdata"].float()}), "codes are torch.uint8"),
-        (lambda t: t.pop(f"{LAYER}.scale"), "incomplete"),
+        (lambda t: t.pop(f"{LAYER}.scale"), "scale is missing"),
     ],
 )
 def test_unsound_tensors_are_refused_also_without_a_manifest(folder, change, message):
@@ -145,6 +150,29 @@ def test_a_scheme_that_is_not_ours_is_refused(folder):
     (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="quantization_config"):
         dite.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"format_version": 1', '"format_version": "1"'), ('"format_version": 1', '"format_version": 1, "run": "rm"')]
+)
+def test_a_configuration_that_is_not_ours_is_refused(folder, old, new):
+    path = folder / "transformer/config.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="quantization_config can't be read"):
+        dite.load(folder)
+
+
+def test_a_named_pipe_without_a_manifest_does_not_hang(folder):
+    replace_by_fifo(folder)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_pipeline(folder)
+
+
+def test_a_readme_may_be_added_to_a_saved_model(folder):
+    (folder / "README.md").write_text("my model")
+    dite.load(folder)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "builtin:nothing"])

@@ -109,6 +109,7 @@ def test_an_existing_output_is_not_touched_unless_asked(tiny_pipeline, tmp_path)
 def test_overwriting_refuses_a_folder_that_holds_something_else(tiny_pipeline, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
+    (tmp_path / "thesis" / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="something else"):
         dite.save(tiny_pipeline, tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "precious"

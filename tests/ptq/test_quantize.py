@@ -91,6 +91,33 @@ def test_every_group_size_works_with_ragged_tails(tiny_pipeline, group_size):
     assert output(tiny_pipeline.transformer).isfinite().all()
 
 
+def test_a_pattern_that_names_nothing_is_reported(tiny_pipeline):
+    report = dite.quantize(tiny_pipeline, "w4a8", overrides=["layers={blocks.*: {skip: x}, '*.ff.*': {weight: {num_bits: 8}}}"])
+    assert report.to_dict()["unmatched_patterns"] == ["blocks.*"]
+
+
+def test_a_pattern_reaches_linears_outside_the_blocks(tiny_pipeline):
+    dite.quantize(tiny_pipeline, "w4a8", overrides=["layers={proj_out_1: {weight: {num_bits: 8, group_size: 16}, activation: null}}"])
+    layer = quantized_layers(tiny_pipeline.transformer)["proj_out_1"]
+    assert layer.scheme.weight.num_bits == 8 and layer.scheme.activation is None
+
+
+def test_a_group_size_that_cannot_be_is_refused_in_a_pattern_too(tiny_pipeline):
+    with pytest.raises(RecipeError, match="multiple of 16"):
+        dite.quantize(tiny_pipeline, "w4a8", overrides=["layers={'*': {weight: {group_size: 100}}}"])
+
+
+def test_the_model_works_outside_no_grad(tiny_pipeline):
+    dite.quantize(tiny_pipeline, "w4a8")
+    assert tiny_pipeline.transformer(**example_inputs(tiny_pipeline.transformer))[0].isfinite().all()
+
+
+def test_assigning_to_the_wrapper_reaches_the_pipeline(tiny_pipeline):
+    wrapper, scheduler = dite.Pipeline(tiny_pipeline), type(tiny_pipeline.scheduler)()
+    wrapper.scheduler = scheduler
+    assert tiny_pipeline.scheduler is scheduler and wrapper.to("cpu") is wrapper
+
+
 def test_progress_counts_every_layer(tiny_pipeline):
     seen = []
     report = dite.quantize(tiny_pipeline, "w8a8", progress=lambda *call: seen.append(call))

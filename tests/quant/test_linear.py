@@ -88,7 +88,7 @@ def test_a_backend_that_cannot_run_a_layer_is_refused_and_changes_nothing():
     model = nn.Sequential(QuantLinear(32, 4, W4A8), QuantLinear(33, 4, W4A8))
     with pytest.raises(UnsupportedEnvironment, match="one column"):
         set_backend(model, "int_mm")
-    with pytest.raises(UsageError, match="no backend named int_m\n.*\ndid you mean int_mm"):
+    with pytest.raises(UsageError, match=r"no backend named int_m\n.*\ndid you mean int_mm"):
         set_backend(model, "int_m")
     assert [layer.backend for layer in model] == ["auto", "auto"]
 
