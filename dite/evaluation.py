@@ -48,7 +48,7 @@ def evaluate(
     if overrides.get("dtype") is not None:
         overrides["dtype"] = str(overrides["dtype"]).removeprefix("torch.")
     settings, changed = load_protocol(protocol, n=n, seed=seed, **overrides)
-    job = _Job(model, settings, changed, Path(output) if output is not None else None, progress or _silent, **run)
+    job = _Job(model, settings, changed, Path(output).absolute() if output is not None else None, progress or _silent, **run)
     if isinstance(settings, FidelityProtocol):
         return _fidelity(job, settings, baseline)
     if baseline is not None:
@@ -215,8 +215,11 @@ def _resume_key(job: _Job, pipe: Any) -> dict[str, Any]:
     """Everything that an image depends on, N excepted: a longer run goes on from a shorter one."""
     import torch
 
+    from dite.models.inspect import stats
+
     settings = job.settings.model_dump(include={"steps", "guidance", "seed", "micro_batch", "prompts"})
-    return settings | {"dtype": dtype_name(pipe), "device": pipe.device.type, "threads": torch.get_num_threads(), "model": model_digest(pipe)}
+    machine = {"device": pipe.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__, "backends": stats(pipe)["backends"]}
+    return settings | machine | {"dtype": dtype_name(pipe), "model": model_digest(pipe)}
 
 
 def model_digest(pipe: Any) -> str:

@@ -32,7 +32,7 @@ def compare_reports(first: Path, second: Path) -> dict[str, Any]:
 
 
 def _facts(report: dict[str, Any]) -> dict[str, Any]:
-    settings = {key: report["configuration"].get(key) for key in SETTINGS}
+    settings = {key: report.get("configuration", {}).get(key) for key in SETTINGS}
     return {"kind": report["kind"], "extractor": report["metrics"].get("extractor")} | settings | {"n": report["metrics"]["n"]}
 
 
