@@ -74,8 +74,7 @@ def quantize(x_NK: torch.Tensor, num_bits: int, group_size: int | None, symmetri
 def ranges(grouped: torch.Tensor, num_bits: int, symmetric: bool, half_scales: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (fp32, or fp16 with `half_scales`) and zero point (whole numbers in fp32) of each group [..., g]."""
     levels = 2**num_bits - 1
-    low, high = grouped.aminmax(dim=-1)
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     scale = torch.maximum(-low, high) / (levels // 2) if symmetric else (high - low) / levels
     scale = torch.where(scale == 0, 1.0, scale)
     if half_scales:

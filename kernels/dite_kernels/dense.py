@@ -1,10 +1,10 @@
-"""Quantized linears through one ordinary matrix product: the codes' values as floats, the activations as exact integers.
+"""Quantized linears through one ordinary matrix product: both sides' codes as the values they stand for.
 
-    y[m, n] = x_scale[m] · Σ_k (x_code − x_zero) · w_value[n, k] + bias
+    y[m, n] = Σ_k (x_code − x_zero) · x_scale[m] · w_value[n, k] + bias
 
-|x_code − x_zero| ≤ 255 is exact even in bf16, so with one scale a token the only rounding beyond the reference's is that of `w_value` to the
-model's dtype and that of the product to the same. Per-(token, group) scales are multiplied into the activations, which rounds those too.
-It is the fast path wherever float matrix units are as fast as integer ones and groups are short.
+The codes are the reference's. Beyond it, activations and weights are rounded to the model's dtype once, and the product sums in fp32. It is the
+fast path wherever float matrix units are as fast as integer ones and groups are short. What it costs is memory passes over the activations, so
+these are few, in place, and avoid what torch does slowly on CPUs (a joint min and max along rows; clamping by tensors).
 """
 
 import torch
@@ -16,22 +16,14 @@ from dite_kernels.quant_tensor import LinearSpec
 
 def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias: torch.Tensor | None, spec: LinearSpec) -> torch.Tensor:
     """y [M, N] in x's dtype, from the dequantized weight in the same dtype."""
-    if spec.activation_bits is None:
-        return F.linear(x_MK, weight_NK, None if bias is None else bias.to(x_MK.dtype))
-    integers, scale = _integers(x_MK, spec)
-    if spec.activation_per_group and spec.groups > 1:
-        values = affine.from_groups(integers * scale[..., None], x_MK.shape[1])
-        return F.linear(values.to(x_MK.dtype), weight_NK, None if bias is None else bias.to(x_MK.dtype))
-    integers = affine.from_groups(integers, x_MK.shape[1])
-    if x_MK.dtype == torch.float16:  # sums of raw integers pass 65504; k/256 is exact in fp16 for |k| ≤ 255
-        integers, scale = integers / 256, scale * 256
-    y = F.linear(integers.to(x_MK.dtype), weight_NK).float() * scale
-    return (y if bias is None else y + bias.float()).to(x_MK.dtype)
+    values = x_MK if spec.activation_bits is None else quantize_dequantize(x_MK, spec)
+    return F.linear(values, weight_NK, None if bias is None else bias.to(x_MK.dtype))
 
 
-def _integers(x_MK: torch.Tensor, spec: LinearSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """code − zero_point as fp32 [M, G, g], and the scales [M, G]: `affine.quantize`, without going through uint8."""
+def quantize_dequantize(x_MK: torch.Tensor, spec: LinearSpec) -> torch.Tensor:
+    """The values [M, K] that the codes of `affine.quantize` stand for, in x's dtype."""
     grouped = affine.to_groups(x_MK.float(), spec.activation_group_size)
     scale, zero = affine.ranges(grouped, spec.activation_bits, spec.activation_symmetric)
-    zero = zero[..., None]
-    return torch.clamp((grouped / scale[..., None]).round(), -zero, 2**spec.activation_bits - 1 - zero), scale
+    scale, zero = scale[..., None], zero[..., None]
+    codes = (grouped / scale).round_().add_(zero).clamp_(0, 2**spec.activation_bits - 1)
+    return affine.from_groups(codes.sub_(zero).mul_(scale), x_MK.shape[1]).to(x_MK.dtype)
