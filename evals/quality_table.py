@@ -1,8 +1,9 @@
 """Size against quality of the rounding recipes, as data: bytes, paired fidelity, and FID for the named recipes.
 
-    python evals/quality_table.py --out docs/results/quality.json [--model builtin:cifar10-dit] [--n 128] [--fid 5000]
+    python evals/quality_table.py --out docs/results/quality.json [--model builtin:cifar10-dit] [--recipes w4a8,w4a4] [--n 128] [--fid 5000]
 
-A row is written as soon as it is measured, and an interrupted run goes on with the next one. `--markdown` prints the table that README shows.
+A row is written as soon as it is measured, and an interrupted run goes on with the next one; processes with different `--recipes` may share an
+`--out`. `--markdown` prints the table that README shows.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from dite_evals.report import environment
 
 RECIPES = ("w8a8", "w6a8", "w4a8", "w4a4")
 GROUP_SIZES = (128, 64)
-PSNR_DTYPE, FID_DTYPE = "float32", "bfloat16"
+ORDER = [("full precision", None), *((recipe, size) for recipe in RECIPES for size in GROUP_SIZES)]
+FIDELITY = {"steps": 20, "guidance": 2.0, "dtype": "float32"}
+FID_DTYPE = "bfloat16"
 
 
 def main() -> None:
@@ -25,26 +28,38 @@ def main() -> None:
     if arguments.markdown:
         print(markdown(json.loads(arguments.out.read_text())))
         return
-    document = json.loads(arguments.out.read_text()) if arguments.out.exists() else start(arguments)
+    document = read(arguments)
     if document["configuration"] != configuration(arguments):
         sys.exit(f"{arguments.out} was made with {document['configuration']}; choose another --out, or remove it")
-    rows = {(row["recipe"], row["group_size"]): row for row in document["rows"]}
     for key in [("full precision", None), *((recipe, size) for size in GROUP_SIZES for recipe in RECIPES)]:
-        row = rows.setdefault(key, {"recipe": key[0], "group_size": key[1]})
+        if key[0] not in arguments.recipes:
+            continue
+        row = next((row for row in read(arguments)["rows"] if name_of(row) == key), {"recipe": key[0], "group_size": key[1]})
         measure(row, arguments)
-        document["rows"] = [value for value in rows.values() if "bytes" in value]
+        document = read(arguments)  # another process may have added its rows meanwhile
+        rows = {name_of(one): one for one in document["rows"]} | {key: row}
+        document["rows"] = [rows[name] for name in ORDER if name in rows]
         write(arguments.out, document)
         print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def read(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was measured so far, or an empty document."""
+    return json.loads(arguments.out.read_text()) if arguments.out.exists() else start(arguments)
+
+
+def name_of(row: dict[str, Any]) -> tuple[str, int | None]:
+    return row["recipe"], row["group_size"]
 
 
 def measure(row: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Fill what is missing in a row: size and fidelity, then FID where the recipe is a named one (groups of 128)."""
     named = row["group_size"] in (None, GROUP_SIZES[0])
     if "bytes" not in row:
-        pipe, facts = build(row, arguments.model, PSNR_DTYPE)
+        pipe, facts = build(row, arguments.model, FIDELITY["dtype"])
         row |= facts
         if row["group_size"]:
-            found = dite.evaluate(pipe, "fidelity-128", baseline=arguments.model, n=arguments.n, guidance=arguments.guidance, dtype=PSNR_DTYPE)
+            found = dite.evaluate(pipe, "fidelity-128", baseline=arguments.model, **FIDELITY | {"n": arguments.n})
             row |= {key: found[key] for key in ("n", "psnr", "ssim", "latent_relative_error", "per_step_error")}
     if arguments.fid and named and "fid" not in row:
         pipe, _ = build(row, arguments.model, FID_DTYPE)
@@ -73,7 +88,7 @@ def start(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that decides the numbers."""
-    fidelity = {"protocol": "fidelity-128", "n": arguments.n, "steps": 50, "guidance": arguments.guidance, "dtype": PSNR_DTYPE}
+    fidelity = {"protocol": "fidelity-128", "n": arguments.n, **FIDELITY}
     return {"model": arguments.model, "fidelity": fidelity, "fid": {"protocol": "cifar10-5k", "n": arguments.fid, "dtype": FID_DTYPE}}
 
 
@@ -101,7 +116,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write, or to go on with")
     parser.add_argument("--model", default="builtin:cifar10-dit")
     parser.add_argument("--n", type=int, default=128, help="pairs for PSNR and latent error")
-    parser.add_argument("--guidance", type=float, default=4.0, help="guidance of the paired samples")
+    parser.add_argument("--recipes", type=lambda text: text.split(","), default=["full precision", *RECIPES], help="only these rows")
     parser.add_argument("--fid", type=int, default=5000, help="samples for FID; 0 leaves it out")
     parser.add_argument("--markdown", action="store_true", help="print the table of an existing --out")
     return parser.parse_args()
