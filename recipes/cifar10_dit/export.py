@@ -26,6 +26,7 @@ from dite_evals.classifier import SmallClassifier
 
 NAME = "cifar10-dit"
 SHARD = "15MB"
+NOTES = "notes.txt"  # what happened to a run that its settings don't say; goes into the model card
 PICTURES_PER_CLASS = 8
 GUIDANCE, STEPS = 2.0, 50
 
@@ -37,6 +38,8 @@ def export(train: Split, test: Split, run: Run, preset: str, vae) -> Path:
     pipe = build_pipeline(run, train.names, vae)
     metrics = {"preset": preset, "hours": {stage: round(hours_spent(run, stage), 2) for stage in ("vae", "classifier", "dit")}}
     metrics |= json.loads((run.folder / "settings.json").read_text())
+    notes = run.folder / NOTES
+    metrics["notes"] = notes.read_text().strip() if notes.exists() else "none"
     pipe.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
     vae.float()  # what follows measures the autoencoder as it was stored
     _finish_configs(folder, train.names)
@@ -114,6 +117,7 @@ A small class-conditional latent diffusion transformer that ships with dite, so 
 | classifier | `SmallClassifier` of `dite_evals`: {accuracy} of the test images right; 192 features for FID |
 | recipe | `recipes/cifar10_dit`, preset `{metrics["preset"]}`: {settings["epochs"]:g} epochs, batch {settings["batch_size"]}, EMA {settings["ema"]} |
 | hours | autoencoder {hours["vae"]}, classifier {hours["classifier"]}, transformer {hours["dit"]} |
+| notes on the run | {metrics["notes"]} |
 | stored | bf16 (classifier fp16) |
 
 FID here is under the bundled classifier against the 50,000 training images, and compares with nothing but itself:
