@@ -27,28 +27,31 @@ def evaluate(
     seed: int | None = None,
     output: str | Path | None = None,
     progress: Tick | None = None,
-    **overrides: Any,
+    overrides: Sequence[str] = (),
+    dry_run: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Measure `model`, a pipeline or a source (folder, hub id, `builtin:NAME`), and return the metrics.
 
     A fidelity protocol needs `baseline`, the full-precision original, and returns `n, psnr: {mean, p05, interval}, ssim,
     latent_relative_error, per_step_error, seconds`. A FID protocol returns `fid, n, interval, fid_infinity, extractor, protocol, seconds`.
-    `overrides`: `steps, guidance, dtype, micro_batch` change the protocol, and the result lists them under `overrides`; `device` says where
-    sources are loaded; for FID, `batch_size` is how many samples a shard holds (it changes no result), and `force` discards the
-    shards of a run with other settings; `command` is the command line to put into the report.
+    Keys of the protocol (`steps, guidance, dtype, micro_batch`…) given as `changes`, or before them as `key=value` in `overrides`, change it,
+    and the result lists what they changed. `device` says where sources are loaded; for FID, `batch_size` is how many samples a shard holds
+    (it changes no result), and `force` discards the shards of a run with other settings; `command` is the command line to put into the report.
 
-    `output` receives `report.json`, `report.html` and `report.md`; FID also writes its images beside it (`OUTPUT.samples`), and an
-    interrupted run goes on from there. `progress(stage, done, total)`.
+    `output` receives `report.json`, `report.html`, `report.md` and `protocol.yaml`; FID also writes its images beside it (`OUTPUT.samples`),
+    and an interrupted run goes on from there. `progress(stage, done, total)`. With `dry_run` everything is loaded and checked, nothing is
+    sampled or written, and the answer says what would be: `protocol, overrides, micro_batches`.
 
     Raises UsageError, RecipeError, UnsupportedModel, UnsupportedEnvironment (no torchmetrics), ResumeConflict.
     """
     from dite_evals.protocols import FidelityProtocol, load_protocol
 
-    run = {key: overrides.pop(key) for key in ("device", "batch_size", "force", "command") if key in overrides}
-    if overrides.get("dtype") is not None:
-        overrides["dtype"] = str(overrides["dtype"]).removeprefix("torch.")
-    settings, changed = load_protocol(protocol, n=n, seed=seed, **overrides)
-    job = _Job(model, settings, changed, Path(output).absolute() if output is not None else None, progress or _silent, **run)
+    run = {key: changes.pop(key) for key in ("device", "batch_size", "force", "command") if key in changes}
+    if changes.get("dtype") is not None:
+        changes["dtype"] = str(changes["dtype"]).removeprefix("torch.")
+    settings, changed = load_protocol(protocol, overrides=overrides, n=n, seed=seed, **changes)
+    job = _Job(model, settings, changed, Path(output).absolute() if output is not None else None, progress or _silent, dry_run, **run)
     if isinstance(settings, FidelityProtocol):
         return _fidelity(job, settings, baseline)
     if baseline is not None:
@@ -69,6 +72,7 @@ class _Job:
     changed: dict[str, Any]
     output: Path | None
     progress: Tick
+    dry_run: bool = False
     device: str = "cpu"
     batch_size: int | None = None
     force: bool = False
@@ -100,6 +104,11 @@ class _Job:
             )
         return pipe
 
+    def planned(self, models: int) -> dict[str, Any]:
+        """The answer of a dry run."""
+        batches = models * -(-self.settings.n // self.settings.micro_batch)
+        return {"dry_run": True, "protocol": self.settings.model_dump(), "overrides": self.changed, "micro_batches": batches}
+
     def finish(self, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
         """Add what every answer says, and write the report."""
         from dite_evals.report import Report, write_report
@@ -107,7 +116,7 @@ class _Job:
         metrics |= {"protocol": self.settings.name, "overrides": self.changed, "seconds": time.perf_counter() - self.start}
         if self.output is None:
             return metrics
-        paths = write_report(Report(metrics=metrics, command=list(self.command), **report), self.output)
+        paths = write_report(Report(metrics=metrics, command=list(self.command), protocol=self.settings.model_dump(), **report), self.output)
         return metrics | {"report": paths}
 
 
@@ -121,6 +130,8 @@ def _fidelity(job: _Job, settings: FidelityProtocol, baseline: Any) -> dict[str,
             "give the full-precision original, as in baseline='builtin:cifar10-dit'",
         )
     original, quantized = job.load(baseline), job.load(job.model)
+    if job.dry_run:
+        return job.planned(models=2)
     pairs = PairedFidelity()
     sides = [_samples(pipe, settings, job.progress, stage, trajectory=True) for pipe, stage in ((quantized, "model"), (original, "baseline"))]
     for ours, theirs in zip(*sides, strict=True):
@@ -151,6 +162,8 @@ def _fid(job: _Job, settings: FidProtocol) -> dict[str, Any]:
     statistics = read_statistics(path if path.is_file() else Path(resolve(settings.statistics)) / "statistics.safetensors")
     statistics.require(extractor)
     pipe = job.load(job.model)
+    if job.dry_run:
+        return job.planned(models=1)
     images = _fid_images(job, settings, pipe)
     job.progress("features", 0, 1)
     features = extractor.extract(images, pipe.device)

@@ -100,7 +100,7 @@ def load_recipe(source: str | Path | dict | QuantRecipe, overrides: list[str] | 
     else:
         values = _read(source)
     for override in overrides or []:
-        values = _override(values, override)
+        values = override_key(values, override)
     return validate(QuantRecipe, values)
 
 
@@ -156,7 +156,8 @@ def _read(source: str | Path) -> dict[str, Any]:
     return read_yaml((recipe_folder("quant") / f"{source}.yaml").read_text(encoding="utf-8"), str(source))
 
 
-def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
+def override_key(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """A copy of `values` with one `a.b=c` of `--set` applied; `c` is YAML. Raises RecipeError when it can't be read."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"--set {override} has no value", "the form is key.key=value", "for example --set defaults.token.weight.group_size=64")

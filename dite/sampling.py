@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,7 +192,7 @@ def _run(pipe: Any, conditions: list[Condition], seeds: list[int], settings: Sam
         arguments["guidance_scale"] = settings.guidance
     generators = [torch.Generator("cpu").manual_seed(seed % 2**32) for seed in seeds]
     before = _global_generators(pipe)
-    with _quiet(pipe), _recorded(pipe, recorder), torch.no_grad():
+    with _quiet(pipe), _recorded(pipe, recorder), _float32_noise(pipe), torch.no_grad():
         output = pipe(**arguments, num_inference_steps=settings.num_steps, generator=generators, output_type="pt")
     if any(not torch.equal(*pair) for pair in zip(before, _global_generators(pipe), strict=True)):
         raise UnsupportedModel(
@@ -283,6 +285,41 @@ def _quiet(pipe: Any) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = before
+
+
+_patching = threading.Lock()
+_patched: dict[Any, int] = {}  # module → how many samplers need it patched
+
+
+@contextmanager
+def _float32_noise(pipe: Any) -> Iterator[None]:
+    """Let the pipeline draw its noise in float32 and round it, so that a seed means one image at every precision.
+
+    Before torch 2.13 a generator gives bfloat16 other numbers than float32. Pipelines offer no argument for it (DiTPipeline takes no latents), so
+    `randn_tensor` is replaced in the modules of the pipeline's classes while any thread samples.
+    """
+    from diffusers.utils.torch_utils import randn_tensor
+
+    def in_float32(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> torch.Tensor:
+        import torch
+
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32 if narrow else dtype, layout=layout)
+        return noise.to(dtype) if narrow else noise
+
+    modules = {sys.modules[base.__module__] for base in type(pipe).__mro__ if hasattr(sys.modules.get(base.__module__), "randn_tensor")}
+    with _patching:
+        for module in modules:
+            _patched[module] = _patched.get(module, 0) + 1
+            module.randn_tensor = in_float32
+    try:
+        yield
+    finally:
+        with _patching:
+            for module in modules:
+                _patched[module] -= 1
+                if not _patched[module]:
+                    module.randn_tensor = randn_tensor
 
 
 def _global_generators(pipe: Any) -> list[torch.Tensor]:

@@ -64,6 +64,15 @@ def test_bfloat16_starts_from_the_same_noise_as_float32(pipe):
         assert (a.latent - b.latent).norm() < 0.02 * a.latent.norm()
 
 
+def test_the_pipelines_module_draws_its_own_noise_again_afterwards(pipe):
+    from diffusers.pipelines.dit import pipeline_dit
+    from diffusers.utils.torch_utils import randn_tensor
+
+    first, second = (iter(sample(pipe, [0], [seed], SampleSettings(num_steps=1, micro_batch=1))) for seed in (1, 2))
+    next(first), next(second)
+    assert pipeline_dit.randn_tensor is randn_tensor
+
+
 def test_scheduler_step_and_progress_bar_are_restored_after_an_error(pipe):
     def explode(*_args, **_kwargs):
         raise KeyboardInterrupt

@@ -24,9 +24,9 @@ from dite.models.planning import make_plan
 from dite.quant.apply import check_weights, insert_empty_layers_, quantize_linears_, quantized_layers
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan, StoredPlan
-from dite.recipe import Defaults, QuantRecipe, load_recipe
+from dite.recipe import QuantRecipe, load_recipe
 
-KEYS = ("quant_method", "format_version", "recipe", "defaults", "layers", "skipped", "calibration")
+KEYS = ("quant_method", "format_version", "recipe", "layers", "skipped", "calibration")
 
 
 class DiteMethod(str, Enum):  # noqa: UP042 - diffusers compares with plain strings
@@ -38,7 +38,8 @@ class DiteMethod(str, Enum):  # noqa: UP042 - diffusers compares with plain stri
 class DiteConfig(QuantizationConfigMixin):
     """How a model is, or is to be, quantized; what `quantization_config` in its config.json holds.
 
-    Give `recipe` (name, file, dict or QuantRecipe) to quantize while loading. A saved model instead carries `layers`: the scheme of each layer.
+    Give `recipe` (name, file, dict or QuantRecipe) to quantize while loading. A quantized model carries `layers`, the scheme of each layer, which
+    decide alone; its `recipe` tells what it was made with.
     """
 
     def __init__(
@@ -47,7 +48,6 @@ class DiteConfig(QuantizationConfigMixin):
         *,
         layers: dict[str, Any] | None = None,
         skipped: dict[str, str] | None = None,
-        defaults: dict | None = None,
         calibration: dict | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = "dite",
@@ -58,10 +58,10 @@ class DiteConfig(QuantizationConfigMixin):
                 "the model is from a newer dite", f"format {format_version}; this dite reads up to {FORMAT_VERSION}", "upgrade dite"
             )
         self.format_version = format_version
-        self.recipe = None if layers is not None else load_recipe("w4a8" if recipe is None else recipe)
+        self.quantized = layers is not None
         try:
+            self.recipe = _recipe(recipe, stored=self.quantized)
             self.plan = StoredPlan(layers=layers or {}, skipped=skipped or {})
-            self.defaults = None if defaults is None else Defaults.model_validate(defaults)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -82,14 +82,12 @@ class DiteConfig(QuantizationConfigMixin):
     def of(cls, plan: QuantPlan, recipe: QuantRecipe) -> "DiteConfig":
         """The configuration of a model that was just quantized."""
         stored = StoredPlan.of(plan).model_dump(mode="json")
-        return cls(layers=stored["layers"], skipped=stored["skipped"], defaults=recipe.defaults.model_dump(mode="json"))
+        return cls(recipe, layers=stored["layers"], skipped=stored["skipped"])
 
     def to_dict(self) -> dict[str, Any]:
         values = {"quant_method": self.quant_method.value, "format_version": self.format_version}
-        if self.recipe is not None:
-            return values | {"recipe": self.recipe.model_dump(mode="json", exclude_unset=True)}
-        defaults = self.defaults and self.defaults.model_dump(mode="json")
-        return values | {"defaults": defaults, **self.plan.model_dump(mode="json"), "calibration": self.calibration}
+        values["recipe"] = self.recipe and self.recipe.model_dump(mode="json", exclude_unset=True)
+        return values | self.plan.model_dump(mode="json") | {"calibration": self.calibration} if self.quantized else values
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -158,6 +156,12 @@ def mark_quantized_(model: nn.Module, plan: QuantPlan, recipe: QuantRecipe) -> N
     model.register_to_config(quantization_config=config)
 
 
+def recipe_of(model: nn.Module) -> QuantRecipe | None:
+    """What a model was quantized with, in this process or before it was saved; None for others."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return config.recipe if isinstance(config, DiteConfig) else None
+
+
 def check_tensors(model: nn.Module) -> None:
     """Raise CheckpointError unless the model is complete and sound: nothing left on meta, every number finite, every quantized layer valid."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -170,6 +174,12 @@ def check_tensors(model: nn.Module) -> None:
             layer.tensor.validate(layer.spec)
         except ValueError as error:
             raise CheckpointError(f"layer {name} is damaged", str(error), "copy or download the folder again") from error
+
+
+def _recipe(given: Any, stored: bool) -> QuantRecipe | None:
+    if stored:
+        return None if given is None else QuantRecipe.model_validate(given)
+    return load_recipe("w4a8" if given is None else given)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dite import __version__
+from dite.checkpoint.diffusers_quantizer import recipe_of
 from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, file_digest
 from dite.errors import OutputExists, UnsupportedModel, UsageError
 from dite.models.access import denoisers, unwrap
@@ -18,14 +19,14 @@ RECIPE = "recipe.yaml"
 MODEL_FILES = {".safetensors", ".json", ".yaml", ".txt", ".model", ".md", ".png", ".gitattributes"}
 
 
-def save(model: Any, folder: str | Path, *, overwrite: bool = False, recipe: QuantRecipe | None = None) -> Path:
+def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a pipeline or a bare model as a plain diffusers folder with a manifest; returns the folder.
 
     The folder appears whole or not at all, also when the process dies. `id2label`, which diffusers' own saving drops, is kept, and paths of this
-    machine are not. `recipe` is stored beside the weights. Raises OutputExists unless `overwrite`.
+    machine are not; a quantized model's recipe lies beside the weights. Raises OutputExists unless `overwrite`.
     """
     model = unwrap(model)
-    denoisers(model)
+    recipe = next(filter(None, map(recipe_of, denoisers(model).values())), None)
     if not hasattr(model, "save_pretrained"):
         raise UnsupportedModel(f"a {type(model).__name__} is no diffusers model, so there is no folder format for it", "save its state_dict yourself")
     folder = Path(folder).absolute()

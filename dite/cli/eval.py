@@ -15,6 +15,7 @@ from dite.evaluation import FID_KEYS, FIDELITY_KEYS
 
 app = typer.Typer(help="Measure image quality: paired with the original (fidelity), or against a data set (fid).", no_args_is_help=True)
 
+Protocol = Annotated[str, typer.Option("--protocol", metavar="NAME|FILE", help="A protocol from `dite recipes --kind eval`, or a YAML file.")]
 Count = Annotated[int | None, typer.Option("--n", help="Samples; the protocol's number unless given.", min=1, show_default=False)]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; the protocol's unless given.", min=1, show_default=False)]
 Guidance = Annotated[
@@ -33,6 +34,8 @@ FailIf = Annotated[
 def fidelity(
     model: options.Model,
     baseline: Annotated[str, typer.Option("--baseline", metavar="BASE", help="The full-precision original: a folder, a hub id, or builtin:NAME.")],
+    protocol: Protocol = "fidelity-128",
+    set: options.SetProtocol = None,
     n: Count = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -41,6 +44,7 @@ def fidelity(
     fail_if: FailIf = None,
     dtype: options.Precision = None,
     device: options.Device = "cpu",
+    dry_run: options.DryRun = False,
     json: options.Json = False,
     no_progress: options.NoProgress = False,
     verbose: options.Verbose = False,
@@ -48,16 +52,15 @@ def fidelity(
     """Compare a model with its original on the same seeds: PSNR, SSIM, latent and per-step error."""
     gates = parse_gates(fail_if, FIDELITY_KEYS)
     changes = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "dtype": dtype and dtype.value}
-    command = _again("fidelity", model, baseline=baseline, device=device, **changes)
-    with progress(no_progress) as tick:
-        metrics = dite.evaluate(model, "fidelity-128", baseline=baseline, output=output, progress=tick, device=device, command=command, **changes)
-    return _answer(metrics, gates)
+    where = {"baseline": baseline, "device": device}
+    return _measure("fidelity", model, protocol, set, changes, gates, no_progress, command=where, output=output, dry_run=dry_run, **where)
 
 
 @app.command()
 def fid(
     model: options.Model,
-    protocol: Annotated[str, typer.Option("--protocol", metavar="NAME|FILE", help="A protocol from `dite recipes --kind eval`, or a YAML file.")],
+    protocol: Protocol,
+    set: options.SetProtocol = None,
     n: Count = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -70,21 +73,16 @@ def fid(
     fail_if: FailIf = None,
     dtype: options.Precision = None,
     device: options.Device = "cpu",
+    dry_run: options.DryRun = False,
     json: options.Json = False,
     no_progress: options.NoProgress = False,
     verbose: options.Verbose = False,
 ) -> Answer:
     """Fréchet distance to a protocol's reference statistics, with its interval and its limit for N to infinity. Interrupted runs with -o go on."""
-    from dite_evals.protocols import load_protocol
-
     gates = parse_gates(fail_if, FID_KEYS)
-    load_protocol(protocol, kind="fid")
     changes = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "dtype": dtype and dtype.value}
-    command = _again("fid", model, protocol=protocol, device=device, **changes)
-    run = {"device": device, "batch_size": batch_size, "force": force, "command": command}
-    with progress(no_progress) as tick:
-        metrics = dite.evaluate(model, protocol, output=output, progress=tick, **run, **changes)
-    return _answer(metrics, gates)
+    how = {"device": device, "batch_size": batch_size, "force": force, "output": output, "dry_run": dry_run}
+    return _measure("fid", model, protocol, set, changes, gates, no_progress, command={"device": device}, **how)
 
 
 @app.command()
@@ -103,9 +101,37 @@ def compare(
     return Answer(comparison, "\n".join([f"{'':24} {'A':>12} {'B':>12} {'B - A':>12}", *lines, comparison["verdict"]]).rstrip())
 
 
-def _again(name: str, model: str, **flags: Any) -> list[str]:
+def _measure(
+    kind: str,
+    model: str,
+    protocol: str,
+    overrides: list[str] | None,
+    changes: dict[str, Any],
+    gates: list[Gate],
+    no_progress: bool,
+    *,
+    command: dict[str, Any],
+    **options: Any,
+) -> Answer:
+    from dite_evals.protocols import load_protocol
+
+    load_protocol(protocol, kind, overrides or [], **changes)  # before torch and the models: a typing mistake is answered at once
+    again = _again(kind, model, overrides or [], protocol=protocol, **command, **changes)
+    with progress(no_progress) as tick:
+        metrics = dite.evaluate(model, protocol, overrides=overrides or [], progress=tick, command=again, **options, **changes)
+    return _planned(metrics) if options["dry_run"] else _answer(metrics, gates)
+
+
+def _again(kind: str, model: str, overrides: list[str], **flags: Any) -> list[str]:
     """The command that measures the same again: without what changes no figure."""
-    return ["dite", "eval", name, model, *(part for key, value in flags.items() if value is not None for part in (f"--{key}", str(value)))]
+    parts = [part for override in overrides for part in ("--set", override)]
+    return ["dite", "eval", kind, model, *parts, *(part for key, value in flags.items() if value is not None for part in (f"--{key}", str(value)))]
+
+
+def _planned(document: dict[str, Any]) -> Answer:
+    settings = "\n".join(f"{key:12}  {value}" for key, value in document["protocol"].items() if value not in ("", []))
+    total = f"{document['micro_batches']} micro-batches of {document['protocol']['steps']} steps; nothing was sampled or written"
+    return Answer(document, f"{settings}\n{total}")
 
 
 def _answer(metrics: dict[str, Any], gates: list[Gate]) -> Answer:

@@ -21,6 +21,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, as defaults.token.weight.group_size=64. Repeatable."),
 ]
+SetProtocol = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the protocol, as micro_batch=10. Repeatable.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
 Precision = Annotated[DType | None, typer.Option("--dtype", help="Load the model in this precision; as stored unless given.", show_default=False)]

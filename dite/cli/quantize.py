@@ -45,7 +45,7 @@ def quantize(
     with progress(no_progress) as tick:
         report = dite.quantize(pipe, chosen, progress=tick)
     note(f"writing {output}")
-    dite.save(pipe, output, overwrite=overwrite, recipe=chosen)
+    dite.save(pipe, output, overwrite=overwrite)
     for pattern in report.unmatched_patterns:
         note(f"the recipe's pattern {pattern} names no linear of this model")
     document = {"output": str(output)} | report.to_dict()

@@ -5,7 +5,6 @@ A protocol fixes N, steps, guidance, seed, precision and micro-batch. Whatever a
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dite.errors import RecipeError, UsageError
-from dite.recipe import read_yaml, recipe_folder, recipe_names, validate
+from dite.errors import RecipeError, UsageError, did_you_mean
+from dite.recipe import override_key, read_yaml, recipe_folder, recipe_names, validate
 
 MANY_CLASSES = 64
 
@@ -53,8 +52,10 @@ Protocol = FidelityProtocol | FidProtocol
 _KINDS: dict[str, type[FidelityProtocol] | type[FidProtocol]] = {"fidelity": FidelityProtocol, "fid": FidProtocol}
 
 
-def load_protocol(source: str | Path | dict[str, Any] | Protocol, kind: str | None = None, **overrides: Any) -> tuple[Protocol, dict[str, Any]]:
-    """A protocol by name, file or contents, with `overrides` (None: keep) applied; and those of them that changed something.
+def load_protocol(
+    source: str | Path | dict[str, Any] | Protocol, kind: str | None = None, overrides: Sequence[str] = (), **changes: Any
+) -> tuple[Protocol, dict[str, Any]]:
+    """A protocol by name, file or contents, with `overrides` (`key=value`) and then `changes` (None: keep) applied; and what they changed.
 
     Raises RecipeError for an unknown name, key or value, and for a protocol that isn't of `kind`.
     """
@@ -72,8 +73,12 @@ def load_protocol(source: str | Path | dict[str, Any] | Protocol, kind: str | No
             f"use {' or '.join(fitting)}, or dite eval {values['kind']}",
         )
     protocol = validate(model, values)
-    changed = {key: value for key, value in overrides.items() if value is not None and getattr(protocol, key, math.nan) != value}
-    return validate(model, values | changed), changed
+    wanted = values
+    for override in overrides:
+        wanted = override_key(wanted, override)
+    wanted = wanted | {key: value for key, value in changes.items() if value is not None}
+    settings = validate(model, wanted)
+    return settings, {key: getattr(settings, key) for key in wanted if getattr(settings, key) != getattr(protocol, key)}
 
 
 def balanced(classes: Sequence[Any], n: int) -> list[Any]:
@@ -107,8 +112,7 @@ def _values(source: str | Path | dict[str, Any] | Protocol) -> dict[str, Any]:
         return read_yaml(path.read_text(encoding="utf-8"), str(path))
     names = recipe_names("eval")
     if str(source) not in names:
-        close = difflib.get_close_matches(str(source), names, n=1)
         raise RecipeError(
-            f"no protocol named {source}", f"known: {', '.join(names)}", f"did you mean {close[0]}?" if close else "give a name or a .yaml file"
+            f"no protocol named {source}", f"known: {', '.join(names)}", did_you_mean(str(source), names) or "give a name or a .yaml file"
         )
     return read_yaml((recipe_folder("eval") / f"{source}.yaml").read_text(encoding="utf-8"), str(source))

@@ -1,4 +1,7 @@
-"""Reports: `report.json` for machines, `report.md` for pull requests, `report.html` for people; one `Report` behind all three."""
+"""Reports: `report.json` for machines, `report.md` for pull requests, `report.html` for people; one `Report` behind all three.
+
+`protocol.yaml` beside them is the protocol as it was run, and can be given to `--protocol` again.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dite.errors import CheckpointError, OutputExists
 
 SCHEMA_VERSION = 1
 FILE = "report.json"
+PROTOCOL = "protocol.yaml"
 PACKAGES = ("dite", "torch", "diffusers", "torchmetrics", "safetensors", "transformers")
 
 
@@ -34,6 +39,7 @@ class Report:
     class_names: dict[int, str] = field(default_factory=dict)
     images: torch.Tensor | None = None
     baseline_images: torch.Tensor | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `report.json`."""
@@ -73,7 +79,7 @@ def check_output(folder: Path) -> None:
 
 
 def write_report(report: Report, folder: Path) -> dict[str, str]:
-    """Write the three files, each renamed into place, `report.json` last; returns their paths by kind."""
+    """Write the files, each renamed into place, `report.json` last; returns their paths by kind."""
     from dite_evals.report_html import render
 
     check_output(folder)
@@ -82,11 +88,12 @@ def write_report(report: Report, folder: Path) -> dict[str, str]:
     texts = {
         "html": render(report, document),
         "md": markdown(document),
+        "protocol": yaml.safe_dump(report.protocol, sort_keys=False, allow_unicode=True),
         "json": json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
     }
-    paths = {kind: folder / f"report.{kind}" for kind in texts}
+    paths = {kind: folder / (f"report.{kind}" if kind != "protocol" else PROTOCOL) for kind in texts}
     for kind, text in texts.items():
-        partial = paths[kind].with_suffix(f".{kind}.partial")
+        partial = paths[kind].with_name(paths[kind].name + ".partial")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, paths[kind])
     return {kind: str(path) for kind, path in paths.items()}

@@ -79,11 +79,13 @@ def test_class_names_survive_and_machine_paths_do_not(tiny_pipeline, tmp_path):
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "q").rglob("*.json"))
 
 
-def test_the_recipe_is_stored_and_reads_back(tiny_pipeline, tmp_path):
+def test_the_recipe_is_stored_and_survives_another_save(tiny_pipeline, tmp_path):
     recipe = load_recipe("w4a8", ["defaults.token.weight.group_size=64"])
     dite.quantize(tiny_pipeline, recipe)
-    dite.save(tiny_pipeline, tmp_path / "q", recipe=recipe)
-    assert load_recipe(tmp_path / "q" / "recipe.yaml") == recipe
+    dite.save(tiny_pipeline, tmp_path / "q")
+    dite.save(dite.load(tmp_path / "q"), tmp_path / "again")
+    for folder in ("q", "again"):
+        assert load_recipe(tmp_path / folder / "recipe.yaml") == recipe
 
 
 def test_the_configuration_lists_every_quantized_layer(tiny_pipeline, tmp_path):

@@ -19,8 +19,28 @@ def test_fidelity_prints_the_fixed_keys_and_writes_a_report(run, folder, tmp_pat
     assert {"n", "psnr", "ssim", "latent_relative_error", "per_step_error", "seconds"} <= outcome.document.keys()
     assert outcome.document["psnr"].keys() >= {"mean", "p05"} and len(outcome.document["per_step_error"]) == 2
     report = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert report["command"] == f"dite eval fidelity {folder} --baseline {folder} --device cpu --n 2 --steps 2"
+    assert report["command"] == f"dite eval fidelity {folder} --protocol fidelity-128 --baseline {folder} --device cpu --n 2 --steps 2"
     assert (tmp_path / "r" / "report.html").is_file()
+
+
+def test_a_dry_run_answers_with_the_protocol_and_writes_nothing(run, folder, tmp_path):
+    changes = ("--set", "steps=7", "--set", "micro_batch=5", "--n", 11)
+    outcome = run("eval", "fidelity", folder, "--baseline", folder, *changes, "-o", tmp_path / "r", "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.document["overrides"] == {"n": 11, "steps": 7, "micro_batch": 5} and outcome.document["micro_batches"] == 2 * 3
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_protocol_beside_a_report_measures_the_same_again(run, folder, tmp_path):
+    first = run("eval", "fidelity", folder, "--baseline", folder, "--set", "steps=9", "--steps", 2, "--n", 3, "-o", tmp_path / "r", "--json")
+    again = run("eval", "fidelity", folder, "--baseline", folder, "--protocol", tmp_path / "r" / "protocol.yaml", "--json")
+    assert first.code == again.code == 0, first.err + again.err
+    assert len(again.document["per_step_error"]) == 2 and again.document["n"] == 3  # the flag won over --set
+
+
+def test_an_unknown_key_of_the_protocol_is_refused_before_anything_is_loaded(run):
+    outcome = run("eval", "fid", "no/such/model", "--protocol", "cifar10-5k", "--set", "stepz=3")
+    assert outcome.code == 2 and "did you mean steps?" in outcome.err
 
 
 def test_a_gate_that_fails_still_prints_the_figures_and_the_report(run, folder, tmp_path):
