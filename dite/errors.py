@@ -19,13 +19,13 @@ import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint with the nearest known name, or an empty one.
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A hint with the nearest known name, or an empty one when none is as alike as `cutoff` (0 to 1).
 
     >>> did_you_mean("w4a9", ["w4a8", "w8a8"])
     'did you mean w4a8?'
     """
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"did you mean {close[0]}?" if close else ""
 
 

@@ -10,7 +10,6 @@ Shapes: B rows of a micro-batch, C channels, H × W pixels; latents have the pip
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 import threading
@@ -19,13 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dite.errors import DiteError, UnsupportedModel, UsageError
+from dite.errors import DiteError, UnsupportedModel, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
 
 Condition = int | str
 Progress = Callable[[int, int], None]
+SEEDS = 2**32  # torch's CPU generator uses the low 32 bits of a seed only
 
 
 class NonFiniteOutput(DiteError):
@@ -83,6 +83,9 @@ def sample(
         raise UsageError(
             "conditions and seeds don't pair up", f"{len(conditions)} conditions, {len(seeds)} seeds", "give one seed for each condition"
         )
+    wrong = next((seed for seed in seeds if not 0 <= seed < SEEDS), None)
+    if wrong is not None:
+        raise UsageError(f"seed {wrong} can't be used", f"torch's generator tells the seeds 0 to {SEEDS - 1} apart", "choose a smaller one")
     pipe = unwrap(pipe)
     return _sample(pipe, resolve_conditions(pipe, conditions), [int(seed) for seed in seeds], settings, progress, trajectory)
 
@@ -90,12 +93,10 @@ def sample(
 def sample_seed(seed: int, index: int) -> int:
     """The seed of sample `index` in a run seeded with `seed`: distinct within a run, and runs with neighbouring seeds lie far apart.
 
-    torch's CPU generator uses the low 32 bits of a seed only, so (seed, index) can't simply be packed into 64.
-
     >>> [sample_seed(0, i) for i in range(3)], sample_seed(1, 0)
     ([0, 1, 2], 2654435761)
     """
-    return (seed * 2654435761 + index) % 2**32
+    return (seed * 2654435761 + index) % SEEDS
 
 
 def unwrap(pipe: Any) -> Any:
@@ -157,10 +158,9 @@ def _class_id(pipe: Any, value: Condition) -> int:
         if int(text) in set(known):
             return int(text)
         raise UsageError(f"no class {text}", f"the model has {len(known)} classes, {known[0]} to {known[-1]}", "give one of those ids, or a name")
-    close = difflib.get_close_matches(text.casefold(), folded, n=1, cutoff=0.5)
     some = ", ".join(list(class_names(pipe).values())[:10]) + (", ..." if len(known) > 10 else "")
     rule = f"the model's classes are {some}" if folded else f"this model has no class names, only ids {known[0]} to {known[-1]}"
-    raise UsageError(f"no class {text!r}", rule, f"did you mean {close[0]}?" if close else "give a name or an id from that list")
+    raise UsageError(f"no class {text!r}", rule, did_you_mean(text.casefold(), folded, cutoff=0.5) or "give a name or an id from that list")
 
 
 def _sample(
@@ -190,7 +190,7 @@ def _run(pipe: Any, conditions: list[Condition], seeds: list[int], settings: Sam
     arguments: dict[str, Any] = {("class_labels" if "class_labels" in parameters else "prompt"): conditions}
     if "guidance_scale" in parameters:
         arguments["guidance_scale"] = settings.guidance
-    generators = [torch.Generator("cpu").manual_seed(seed % 2**32) for seed in seeds]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     before = _global_generators(pipe)
     with _quiet(pipe), _recorded(pipe, recorder), _float32_noise(pipe), torch.no_grad():
         output = pipe(**arguments, num_inference_steps=settings.num_steps, generator=generators, output_type="pt")

@@ -121,6 +121,12 @@ def test_progress_counts_every_step_of_every_micro_batch(pipe):
     assert seen == [(done, 6) for done in range(1, 7)]
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_would_draw_another_seeds_image_is_refused(pipe, seed):
+    with pytest.raises(UsageError, match="4294967295"):
+        sample(pipe, [0], [seed])
+
+
 def test_unequal_conditions_and_seeds_are_refused_before_sampling(pipe):
     with pytest.raises(UsageError, match="2 conditions, 1 seeds"):
         sample(pipe, [1, 2], [1])

@@ -36,7 +36,7 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)
-        _complete_configs(model, temporary)
+        complete_configs(model, temporary)
         if recipe is not None:
             (temporary / RECIPE).write_text(recipe_yaml(recipe), encoding="utf-8")
         _write_manifest(temporary)
@@ -74,7 +74,8 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _complete_configs(model: Any, folder: Path) -> None:
+def complete_configs(model: Any, folder: Path) -> None:
+    """Keep `id2label`, which `save_pretrained` drops, and no path of this machine."""
     for path in (*folder.glob("*.json"), *folder.glob("*/config.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
         changed = values.pop("_name_or_path", None) is not None

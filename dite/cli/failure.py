@@ -3,7 +3,6 @@
 0 ok   1 failure   2 usage   3 unsupported   4 quality gate failed   5 resume conflict   130 interrupted
 """
 
-import difflib
 import sys
 import traceback
 from typing import TextIO
@@ -11,7 +10,7 @@ from typing import TextIO
 import typer
 
 from dite.cli.output import print_json
-from dite.errors import DiteError, UsageError
+from dite.errors import DiteError, UsageError, did_you_mean
 
 INTERRUPTED = 130
 
@@ -75,7 +74,6 @@ def _usage(error: BaseException) -> UsageError:
     option, possibilities = getattr(error, "option_name", None), getattr(error, "possibilities", None) or []
     message = f"no such option {option}" if possibilities else error.format_message().rstrip(".")
     what, _, guess = message.replace("Value error, ", "").partition(". Did you mean")
-    if possibilities:
-        guess = f" {difflib.get_close_matches(option, possibilities, n=1, cutoff=0)[0]}?"
+    guess = did_you_mean(option, possibilities, cutoff=0) if possibilities else guess and f"did you mean{guess}"
     help_hint = f"`{path} --help` lists what it takes"
-    return UsageError(what[:1].lower() + what[1:], f"usage: {usage}", f"did you mean{guess} {help_hint}" if guess else help_hint)
+    return UsageError(what[:1].lower() + what[1:], f"usage: {usage}", f"{guess} {help_hint}" if guess else help_hint)

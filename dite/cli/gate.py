@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import re
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dite.errors import QualityGateFailed, UsageError
+from dite.errors import QualityGateFailed, UsageError, did_you_mean
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 FORM = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*(<=|>=|<|>)\s*(\S+)\s*")
@@ -72,12 +71,8 @@ def _parse(text: str, keys: Sequence[str]) -> Gate:
     if not math.isfinite(limit):
         raise UsageError(f"--fail-if {text!r} can't be read", f"{number} is no finite number", example)
     if re.sub(r"\.\d+(?=\.|$)", ".N", key) not in {re.sub(r"\.\d+(?=\.|$)", ".N", known) for known in keys}:
-        close = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
-        raise UsageError(
-            f"--fail-if: unknown key {key}",
-            f"this command measures {', '.join(keys)}",
-            f"did you mean {close[0]}?" if close else "use one of those keys",
-        )
+        hint = did_you_mean(key, keys, cutoff=0.4) or "use one of those keys"
+        raise UsageError(f"--fail-if: unknown key {key}", f"this command measures {', '.join(keys)}", hint)
     return Gate(key, symbol, limit)
 
 

@@ -28,7 +28,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Fol
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
 Precision = Annotated[DType | None, typer.Option("--dtype", help="Load the model in this precision; as stored unless given.", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image; the next ones count up from it.", min=0)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image; the next ones count up from it.", min=0, max=2**32 - 1)]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
 Guidance = Annotated[float, typer.Option("--guidance", help="Scale of classifier-free guidance; 1 switches it off.", min=0.0)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]

@@ -20,9 +20,10 @@ from diffusers import DiTPipeline
 from loop import Run, hours_spent, load_average
 from PIL import Image
 from reference import image_fid, write_statistics
-from safetensors.torch import save_file
 
+from dite.checkpoint.save import complete_configs
 from dite_evals.classifier import SmallClassifier
+from dite_evals.extractors import save_classifier
 
 NAME = "cifar10-dit"
 SHARD = "15MB"
@@ -42,8 +43,9 @@ def export(train: Split, test: Split, run: Run, preset: str, vae) -> Path:
     metrics["notes"] = notes.read_text().strip() if notes.exists() else "none"
     pipe.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
     vae.float()  # what follows measures the autoencoder as it was stored
-    _finish_configs(folder, train.names)
-    model = save_classifier(run, train.names, folder / "classifier")
+    complete_configs(pipe, folder)
+    model = trained_classifier(run, len(train.names))
+    save_classifier(model, folder, NAME, train.images.shape[-1], torch.float16)
     metrics["classifier_accuracy"] = classifier_stage.accuracy(model, test.images, test.labels, run.device)
     write_statistics(model, train.images, folder / "statistics.safetensors", "cifar10 train")
     reconstructed = vae_stage.decode(vae, vae_stage.encode(vae, test.images, run.device), run.device)
@@ -68,14 +70,10 @@ def build_pipeline(run: Run, names: list[str], vae) -> DiTPipeline:
     return DiTPipeline(model, vae, dit.scheduler(), id2label=dict(enumerate(names)))
 
 
-def save_classifier(run: Run, names: list[str], folder: Path) -> SmallClassifier:
-    """Store the classifier in fp16 and return it as it will be loaded: fp16 weights, fp32 arithmetic."""
-    model = SmallClassifier(len(names))
+def trained_classifier(run: Run, num_classes: int) -> SmallClassifier:
+    """The averaged classifier as it will be loaded: weights rounded to fp16, fp32 arithmetic."""
+    model = SmallClassifier(num_classes)
     load_average(run.folder / "classifier" / "checkpoint.safetensors", model)
-    folder.mkdir()
-    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
-    config = {"_class_name": "SmallClassifier", "num_classes": len(names), "num_features": model.num_features}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return model.half().float().to(run.device).eval()
 
 
@@ -127,13 +125,3 @@ real test images {real}, their reconstructions by the autoencoder {floor}
 
 Labels are 0 to 9; the null label of classifier-free guidance is 1000, as DiTPipeline wants it.
 """
-
-
-def _finish_configs(folder: Path, names: list[str]) -> None:
-    """Keep `id2label`, which save_pretrained drops, and no path of the machine it was trained on."""
-    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
-        values = json.loads(path.read_text())
-        values.pop("_name_or_path", None)
-        if path.name == "model_index.json":
-            values["id2label"] = {str(label): name for label, name in enumerate(names)}
-        path.write_text(json.dumps(values, indent=2) + "\n")
