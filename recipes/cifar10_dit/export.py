@@ -17,19 +17,17 @@ import torch
 import vae as vae_stage
 from data import Split
 from diffusers import DiTPipeline
+from grids import GUIDANCE, PER_CLASS, STEPS, draw_samples
 from loop import Run, hours_spent, load_average
-from PIL import Image
 from reference import image_fid, write_statistics
 
 from dite.checkpoint.save import complete_configs
 from dite_evals.classifier import SmallClassifier
-from dite_evals.extractors import save_classifier
+from dite_evals.extractors import load_classifier, save_classifier
 
 NAME = "cifar10-dit"
 SHARD = "15MB"
 NOTES = "notes.txt"  # what happened to a run that its settings don't say; goes into the model card
-PICTURES_PER_CLASS = 8
-GUIDANCE, STEPS = 2.0, 50
 
 
 def export(train: Split, test: Split, run: Run, preset: str, vae) -> Path:
@@ -55,9 +53,20 @@ def export(train: Split, test: Split, run: Run, preset: str, vae) -> Path:
     metrics["fid_vae_reconstructions"] = image_fid(model, reconstructed, folder / "statistics.safetensors")
     metrics["fid_n"] = len(test.images)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    write_samples(folder, len(train.names))
-    (folder / "README.md").write_text(model_card(metrics))
+    draw_samples(DiTPipeline.from_pretrained(folder), len(train.names), folder / "samples.png")
+    write_card(folder)
     return folder
+
+
+def write_card(folder: Path) -> Path:
+    """Write README.md of an exported folder, with the FID of its samples if `dite eval fid` has left its report beside it (`-o RUN/fid`)."""
+    metrics, report = json.loads((folder / "metrics.json").read_text()), folder.with_name("fid") / "report.json"
+    samples = json.loads(report.read_text()) if report.exists() else None
+    if samples is not None and samples["metrics"]["extractor"] != load_classifier(folder).id:
+        raise SystemExit(f"{report} was measured with another classifier; measure again")
+    path = folder / "README.md"
+    path.write_text(model_card(metrics, samples))
+    return path
 
 
 def build_pipeline(run: Run, names: list[str], vae) -> DiTPipeline:
@@ -77,23 +86,8 @@ def trained_classifier(run: Run, num_classes: int) -> SmallClassifier:
     return model.half().float().to(run.device).eval()
 
 
-@torch.no_grad()
-def write_samples(folder: Path, num_classes: int) -> None:
-    """`samples.png`: a row a class, seeds 0 to 7, enlarged twice."""
-    pipe = DiTPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    labels = [label for label in range(num_classes) for _ in range(PICTURES_PER_CLASS)]
-    generators = [torch.Generator().manual_seed(index % PICTURES_PER_CLASS) for index in range(len(labels))]
-    images = pipe(labels, guidance_scale=GUIDANCE, num_inference_steps=STEPS, generator=generators).images
-    size = images[0].width
-    sheet = Image.new("RGB", (PICTURES_PER_CLASS * size, num_classes * size))
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % PICTURES_PER_CLASS * size, index // PICTURES_PER_CLASS * size))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(folder / "samples.png")
-
-
-def model_card(metrics: dict) -> str:
-    """README.md of the folder."""
+def model_card(metrics: dict, fid: dict | None) -> str:
+    """README.md of the folder; `fid` is the report of its samples."""
     hours, settings = metrics["hours"], metrics["dit"]
     accuracy, psnr = f"{metrics['classifier_accuracy']:.1%}", f"{metrics['vae_psnr_db']:.1f} dB"
     real, floor = f"{metrics['fid_test_images']:.3f}", f"{metrics['fid_vae_reconstructions']:.3f}"
@@ -105,7 +99,7 @@ library_name: diffusers
 
 A small class-conditional latent diffusion transformer that ships with dite, so that everything dite does can be tried, measured and tested offline.
 
-![samples: a row a class, seeds 0 to {PICTURES_PER_CLASS - 1}, guidance {GUIDANCE}, {STEPS} DDIM steps](samples.png)
+![samples: a row a class, seeds 0 to {PER_CLASS - 1}, guidance {GUIDANCE}, {STEPS} DDIM steps](samples.png)
 
 | part | what |
 |---|---|
@@ -120,8 +114,18 @@ A small class-conditional latent diffusion transformer that ships with dite, so 
 
 FID here is under the bundled classifier against the 50,000 training images, and compares with nothing but itself:
 real test images {real}, their reconstructions by the autoencoder {floor}
-(the floor of anything sampled), each with N = {metrics["fid_n"]}. FID of samples is measured by
-`dite eval fid builtin:cifar10-dit --protocol cifar10-5k`; see dite's README.
+(the floor of anything sampled), each with N = {metrics["fid_n"]}. {fid_sentence(fid)}
 
 Labels are 0 to 9; the null label of classifier-free guidance is 1000, as DiTPipeline wants it.
 """
+
+
+def fid_sentence(report: dict | None) -> str:
+    """The samples' own figure, or how to get it."""
+    if report is None:
+        return "FID of samples is measured by `dite eval fid builtin:cifar10-dit --protocol cifar10-5k`."
+    metrics, settings = report["metrics"], report["configuration"]
+    low, high = metrics["interval"]
+    how = f"{settings['steps']} steps, guidance {settings['guidance']}, seed {settings['seed']}, {settings['dtype']}"
+    value = f"**{metrics['fid']:.2f}** [{low:.2f}, {high:.2f}]"
+    return f"Samples: {value}, N = {metrics['n']}, {how}\n(`dite eval fid builtin:{NAME} --protocol cifar10-5k`)."

@@ -15,7 +15,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,13 +53,15 @@ class Run(BaseModel):
 
 
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+Preview = Callable[[Path], None]
 
 
-def fit(name: str, model: torch.nn.Module, loss: Loss, num_samples: int, settings: StageSettings, run: Run) -> None:
+def fit(name: str, model: torch.nn.Module, loss: Loss, num_samples: int, settings: StageSettings, run: Run, preview: Preview | None = None) -> None:
     """Train `model` in place and leave the averaged weights in it.
 
     `loss(indices [B] int64, generator)` returns a scalar; it is called under bf16 autocast. `run.folder/name` receives
-    `checkpoint.safetensors` every five minutes and at the end; an existing one is resumed.
+    `checkpoint.safetensors` every five minutes and at the end; an existing one is resumed. `preview(path)` then draws `samples.png` beside it,
+    with the averaged weights in `model`.
     """
     folder = run.folder / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +114,9 @@ def fit(name: str, model: torch.nn.Module, loss: Loss, num_samples: int, setting
             reported, recent = now, []
         if rank == 0 and (now - saved > CHECKPOINT_EVERY_S or step + 1 == total):
             _save(checkpoint, parameters, average, optimizer, step + 1, spent_s + now - began)
+            if preview is not None:
+                with _averaged(model, parameters, average):
+                    preview(folder / "samples.png")
             saved = now
     with torch.no_grad():
         for key, value in parameters.items():
@@ -134,6 +140,21 @@ def load_average(checkpoint: Path, model: torch.nn.Module) -> None:
         for key, value in _buffers(model).items():
             value.copy_(file.get_tensor(f"buffer.{key}"))
     model.eval()
+
+
+@contextmanager
+def _averaged(model: torch.nn.Module, parameters: dict[str, torch.Tensor], average: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The averaged weights in `model` for a while, in evaluation mode; the trained ones come back bit for bit."""
+    trained = [value.detach().clone() for value in parameters.values()]
+    with torch.no_grad():
+        torch._foreach_copy_(list(parameters.values()), list(average.values()))
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+        with torch.no_grad():
+            torch._foreach_copy_(list(parameters.values()), trained)
 
 
 def _schedule(step: int, total: int, settings: StageSettings) -> float:

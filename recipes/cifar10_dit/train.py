@@ -1,9 +1,10 @@
 """Train the built-in model: autoencoder, classifier, diffusion model; then export the folder that ships as `builtin:cifar10-dit`.
 
-    python recipes/cifar10_dit/train.py --data DATA --out RUN [--preset cpu|gpu|smoke] [--stages vae,classifier,dit,export] [--set dit.epochs=80]
+    python recipes/cifar10_dit/train.py --data DATA --out RUN [--preset cpu|gpu|smoke] [--stages vae,classifier,dit,export,card] [--set dit.epochs=80]
 
-Interrupt it when you like: the same command goes on from the last checkpoint. On a shared CPU, and on several cards, start it by
-`torchrun --nproc-per-node 2 recipes/cifar10_dit/train.py …`.
+Interrupt it when you like: the same command goes on from the last checkpoint; beside each it draws `samples.png`. The stage `card` writes the
+model card again, once `dite eval fid RUN/cifar10-dit --protocol cifar10-5k -o RUN/fid` has measured the samples. On a shared CPU, and on several
+cards, start it by `torchrun --nproc-per-node 2 recipes/cifar10_dit/train.py …`.
 """
 
 import argparse
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import classifier
 import dit
+import export
+import grids
 import torch
 import torch.distributed as dist
 import vae
 import yaml
 from data import Split, load_split
+from diffusers import DiTPipeline
 from loop import Run, StageSettings, fit, load_average
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
@@ -26,7 +30,9 @@ from safetensors.torch import load_file, save_file
 from dite_evals.classifier import SmallClassifier
 
 HERE = Path(__file__).parent
+PREVIEW_STEPS = 20
 STAGES = ("vae", "classifier", "dit", "export")
+CARD = "card"
 
 
 class Settings(BaseModel):
@@ -58,9 +64,11 @@ def main() -> None:
             train_classifier(train, settings, run)
         elif stage == "dit":
             train_dit(train, settings, run)
-        elif not dist.is_initialized() or dist.get_rank() == 0:
-            import export
-
+        elif dist.is_initialized() and dist.get_rank() > 0:
+            continue
+        elif stage == CARD:
+            print(export.write_card(run.folder / export.NAME))
+        else:
             test = _limit(load_split(arguments.data, "test"), arguments.limit)
             print(export.export(train, test, run, arguments.preset, load_vae(run, train)))
 
@@ -68,7 +76,12 @@ def main() -> None:
 def train_vae(train: Split, settings: Settings, run: Run) -> None:
     """Stage 1. Leaves `vae/checkpoint.safetensors`."""
     model = vae.build().to(run.device)
-    fit("vae", model, vae.make_loss(model, train.images, run.device), len(train.images), settings.vae, run)
+    seen = train.images[: grids.PER_CLASS]
+
+    def preview(path: Path) -> None:
+        grids.draw_pairs(seen, vae.decode(model, vae.encode(model, seen, run.device), run.device), path)
+
+    fit("vae", model, vae.make_loss(model, train.images, run.device), len(train.images), settings.vae, run, preview)
 
 
 def train_classifier(train: Split, settings: Settings, run: Run) -> None:
@@ -84,7 +97,13 @@ def train_dit(train: Split, settings: Settings, run: Run) -> None:
     torch.manual_seed(settings.seed)
     model = dit.build().to(run.device)
     loss = dit.make_loss(model, latents, train.labels, run.device, run.compile)
-    fit("dit", model, loss, len(train.images), settings.dit, run)
+    autoencoder = load_vae(run, train)
+
+    def preview(path: Path) -> None:
+        pipe = DiTPipeline(model, autoencoder, dit.scheduler(), id2label=dict(enumerate(train.names)))
+        grids.draw_samples(pipe, len(train.names), path, PREVIEW_STEPS)
+
+    fit("dit", model, loss, len(train.images), settings.dit, run, preview)
 
 
 def load_latents(train: Split, run: Run) -> torch.Tensor:
@@ -138,9 +157,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=None, help="use only the first N images of each split")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the diffusion model")
     arguments = parser.parse_args()
-    unknown = set(arguments.stages) - set(STAGES)
+    unknown = set(arguments.stages) - {*STAGES, CARD}
     if unknown:
-        parser.error(f"unknown stage {', '.join(sorted(unknown))}; use {', '.join(STAGES)}")
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; use {', '.join((*STAGES, CARD))}")
     return arguments
 
 

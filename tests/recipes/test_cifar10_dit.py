@@ -33,7 +33,11 @@ def settings(**changes):
     )
 
 
-def fit_line(folder, stage_settings):
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def fit_line(folder, stage_settings, preview=None):
     """Fit y = 2x - 1 on 64 noisy points; the loss draws noise, as the real ones do."""
     from loop import Run, fit
 
@@ -43,8 +47,8 @@ def fit_line(folder, stage_settings):
     def loss(indices, generator):
         return (model(x[indices]) - 2 * x[indices] + 1 + 0.1 * torch.randn(len(indices), 1, generator=generator)).square().mean()
 
-    fit("line", model, loss, 64, stage_settings, Run(folder=folder, device=torch.device("cpu"), seed=3))
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    fit("line", model, loss, 64, stage_settings, Run(folder=folder, device=torch.device("cpu"), seed=3), preview and (lambda _path: preview(model)))
+    return weights(model)
 
 
 def test_training_is_repeatable(recipe, tmp_path):
@@ -56,6 +60,16 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, tmp_path):
     whole = fit_line(tmp_path / "a", flat)
     fit_line(tmp_path / "b", flat.model_copy(update={"epochs": 2}))
     assert torch.allclose(fit_line(tmp_path / "b", flat), whole, atol=1e-6)
+
+
+def test_a_preview_sees_the_averaged_weights_and_disturbs_nothing(recipe, tmp_path, monkeypatch):
+    import loop
+
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY_S", -1)
+    seen = []
+    undisturbed = fit_line(tmp_path / "a", settings())
+    disturbed = fit_line(tmp_path / "b", settings(), preview=lambda model: seen.append(weights(model)))
+    assert torch.equal(undisturbed, disturbed) and len(seen) == 32 and torch.equal(seen[-1], disturbed)
 
 
 def test_training_learns(recipe, tmp_path):
@@ -129,6 +143,28 @@ def test_a_whole_run_leaves_classifier_statistics_pictures_and_card(run_folder):
     assert read_statistics(folder / "statistics.safetensors").extractor_id == load_classifier(folder).id
     assert Image.open(folder / "samples.png").size == (512, 640)
     assert "FID" in (folder / "README.md").read_text() and json.loads((folder / "metrics.json").read_text())["fid_n"] == 48
+
+
+def test_a_run_draws_what_it_has_learned_beside_its_checkpoints(run_folder):
+    assert Image.open(run_folder / "dit" / "samples.png").size == (512, 640)
+    assert Image.open(run_folder / "vae" / "samples.png").size == (512, 128)
+
+
+def test_the_card_quotes_the_fid_of_its_own_classifier_only(recipe, run_folder):
+    import export
+
+    from dite_evals.extractors import load_classifier
+
+    folder = run_folder / "cifar10-dit"
+    settings = {"steps": 20, "guidance": 1.5, "seed": 0, "dtype": "bfloat16"}
+    metrics = {"fid": 8.125, "interval": [7.9, 8.4], "n": 5000, "extractor": load_classifier(folder).id}
+    report = run_folder / "fid" / "report.json"
+    report.parent.mkdir()
+    report.write_text(json.dumps({"metrics": metrics, "configuration": settings}))
+    assert "**8.12** [7.90, 8.40], N = 5000, 20 steps" in export.write_card(folder).read_text()
+    report.write_text(json.dumps({"metrics": metrics | {"extractor": "another"}, "configuration": settings}))
+    with pytest.raises(SystemExit, match="another classifier"):
+        export.write_card(folder)
 
 
 def _png(pixels: np.ndarray) -> bytes:
