@@ -82,8 +82,9 @@ def build(row: dict[str, Any], model: str, dtype: str) -> tuple[Any, dict[str, A
 
 
 def start(arguments: argparse.Namespace) -> dict[str, Any]:
-    """An empty document: what was run, where, and how."""
-    return {"command": "python " + " ".join(sys.argv), "environment": environment(), "configuration": configuration(arguments), "rows": []}
+    """An empty document: what was run (all rows of it, however many processes shared them), where, and how."""
+    command = f"python evals/quality_table.py --out {arguments.out} --model {arguments.model} --n {arguments.n} --fid {arguments.fid}"
+    return {"command": command, "environment": environment(), "configuration": configuration(arguments), "rows": []}
 
 
 def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
