@@ -141,7 +141,8 @@ def _fidelity(job: _Job, settings: FidelityProtocol, baseline: Any) -> dict[str,
         {
             "kind": "fidelity",
             "title": f"{source_name(job.model)} against {source_name(baseline)}",
-            "configuration": _configuration(job, quantized) | {"baseline": source_name(baseline), "baseline_dtype": dtype_name(original)},
+            "configuration": _configuration(job, quantized)
+            | {"baseline": source_name(baseline), "baseline_dtype": dtype_name(original), "baseline_sha256": model_digest(original)},
             "samples": pairs.rows(),
             "class_names": _names(quantized),
             "images": _stack(pairs.images),
@@ -253,11 +254,16 @@ def model_digest(pipe: Any) -> str:
 
 
 def _configuration(job: _Job, pipe: Any) -> dict[str, Any]:
+    from dite.checkpoint.diffusers_quantizer import recipe_of
+    from dite.models.access import the_denoiser
     from dite.sampling import takes_classes
 
+    recipe = recipe_of(the_denoiser(pipe))
     left_out = {"description", "kind", "name", "dtype"} | ({"prompts"} if takes_classes(pipe) else set())
     return {
         "model": source_name(job.model),
+        "model_sha256": model_digest(pipe),
+        "recipe": recipe.name if recipe else None,
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": dtype_name(pipe),

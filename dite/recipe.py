@@ -6,10 +6,10 @@ import fnmatch
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dite.errors import RecipeError, did_you_mean
 from dite.quant.scheme import ActivationScheme, GroupSize, LayerScheme, Strict, WeightScheme
@@ -20,6 +20,12 @@ class LayerDefaults(Strict):
 
     weight: WeightScheme | None
     activation: ActivationScheme | None = None
+
+    @model_validator(mode="after")
+    def _no_activation_alone(self) -> Self:
+        if self.weight is None and self.activation is not None:
+            raise ValueError("activation is quantized together with the weight only; with weight: null, leave it out or set it to null")
+        return self
 
 
 class Defaults(Strict):
@@ -38,7 +44,7 @@ class WeightOverride(Strict):
 
 
 class LayerOverride(Strict):
-    """What a pattern of `layers` changes (only the keys given), or `skip: reason` to leave its layers alone."""
+    """What a pattern of `layers` changes (only the keys given); `skip: reason` or `weight: null` leaves its layers alone."""
 
     weight: WeightOverride | None = None
     activation: ActivationScheme | None = None
@@ -80,6 +86,8 @@ class QuantRecipe(Strict):
             if not fnmatch.fnmatchcase(name, pattern):
                 continue
             skip = override.skip or skip
+            if "weight" in override.model_fields_set and override.weight is None:
+                skip = override.skip or f"the recipe's pattern {pattern} leaves it alone"
             if override.weight is not None:
                 weight = WeightScheme(**((weight or WeightScheme()).model_dump() | override.weight.model_dump(exclude_unset=True)))
                 skip = override.skip
@@ -115,10 +123,31 @@ def recipe_folder(kind: str):
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes" / kind
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key may appear once: SafeLoader would let the last one win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} appears twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml_file(path: Path) -> dict[str, Any]:
+    """`read_yaml` of a file in UTF-8."""
+    try:
+        return read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not text", f"it is not UTF-8 at byte {error.start}", "save it as UTF-8") from error
+
+
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Parse a YAML mapping; RecipeError otherwise."""
     try:
-        values = yaml.safe_load(text)
+        values = _UniqueKeys(text).get_single_data()
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML", " ".join(str(error).split()), "check the indentation near that line") from error
     if not isinstance(values, dict):
@@ -135,9 +164,10 @@ def validate(model: type[BaseModel], values: dict[str, Any]):
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, first["loc"][:-1])
-            raise RecipeError(
-                f"unknown recipe key {path}", f"known keys there: {', '.join(sorted(known))}", did_you_mean(str(first["loc"][-1]), known)
-            ) from error
+            hint = (
+                did_you_mean(str(first["loc"][-1]), known) or "`dite recipes NAME` prints a recipe with its keys; write them from the top, as a.b.c"
+            )
+            raise RecipeError(f"unknown recipe key {path}", f"known keys there: {', '.join(sorted(known))}", hint) from error
         message = first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"recipe key {path} is wrong", f"{message} (got {first['input']!r})", "see `dite recipes` for working examples") from error
 
@@ -147,7 +177,7 @@ def _read(source: str | Path) -> dict[str, Any]:
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         if not path.is_file():
             raise RecipeError(f"no recipe file {path}", "the file does not exist", "check the path, or use a name from `dite recipes`")
-        return read_yaml(path.read_text(encoding="utf-8"), str(path))
+        return read_yaml_file(path)
     names = recipe_names()
     if str(source) not in names:
         raise RecipeError(
@@ -165,7 +195,20 @@ def override_key(values: dict[str, Any], override: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override} can't be read", " ".join(str(error).split()), "values are YAML: 64, true, null, [1, 2]") from error
-    return _with(values, path.split("."), value, path)
+    return _with(values, _keys(path), value, path)
+
+
+def _keys(path: str) -> list[str]:
+    """`layers` is followed by a layer's name or pattern, which may hold dots itself.
+
+    >>> _keys("layers.blocks.0.attn1.to_q.weight.num_bits")
+    ['layers', 'blocks.0.attn1.to_q', 'weight', 'num_bits']
+    """
+    keys = path.split(".")
+    if keys[0] != "layers":
+        return keys
+    end = next((index for index in range(2, len(keys)) if keys[index] in LayerOverride.model_fields), len(keys))
+    return ["layers", ".".join(keys[1:end]), *keys[end:]] if len(keys) > 1 else keys
 
 
 def _with(values: dict[str, Any], keys: list[str], value: Any, path: str) -> dict[str, Any]:

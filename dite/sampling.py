@@ -43,7 +43,7 @@ class SampleSettings:
     def __post_init__(self):
         if self.num_steps < 1 or self.micro_batch < 1 or not 0 <= self.guidance < float("inf"):
             raise UsageError(
-                f"settings {self} can't be sampled",
+                "these settings can't be sampled",
                 f"num_steps {self.num_steps} and micro_batch {self.micro_batch} must be at least 1, guidance {self.guidance} finite and not negative",
                 "for example num_steps=50, guidance=4.0, micro_batch=8",
             )
@@ -83,10 +83,15 @@ def sample(
         raise UsageError(
             "conditions and seeds don't pair up", f"{len(conditions)} conditions, {len(seeds)} seeds", "give one seed for each condition"
         )
+    pipe = unwrap(pipe)
+    most = getattr(getattr(pipe.scheduler, "config", None), "num_train_timesteps", None)
+    if most is not None and settings.num_steps > most:
+        raise UsageError(
+            f"{settings.num_steps} steps are too many", f"{type(pipe.scheduler).__name__} was made for at most {most}", "use fewer steps"
+        )
     wrong = next((seed for seed in seeds if not 0 <= seed < SEEDS), None)
     if wrong is not None:
         raise UsageError(f"seed {wrong} can't be used", f"torch's generator tells the seeds 0 to {SEEDS - 1} apart", "choose a smaller one")
-    pipe = unwrap(pipe)
     return _sample(pipe, resolve_conditions(pipe, conditions), [int(seed) for seed in seeds], settings, progress, trajectory)
 
 

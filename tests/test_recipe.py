@@ -119,3 +119,46 @@ def test_a_skipped_layer_says_why_and_a_later_pattern_can_take_it_back():
 def test_a_kind_without_weight_scheme_is_left_alone():
     recipe = load_recipe("w4a8", ["defaults.conditioning.weight=null"])
     assert recipe.scheme("blocks.0.norm1.linear", "conditioning") == "the recipe leaves conditioning linears alone"
+
+
+def test_a_pattern_with_weight_null_leaves_its_layers_alone():
+    recipe = load_recipe("w4a8", ["layers={'*attn1*': {weight: null}}"])
+    assert "leaves it alone" in recipe.scheme("blocks.0.attn1.to_q", "token")
+    assert not isinstance(recipe.scheme("blocks.0.ff.net.0", "token"), str)
+
+
+def test_a_layer_can_be_named_whole_in_an_override():
+    recipe = load_recipe("w4a8", ["layers.blocks.0.attn1.to_q.weight.num_bits=8", "layers.blocks.1.ff.skip=fragile"])
+    assert recipe.scheme("blocks.0.attn1.to_q", "token").weight.num_bits == 8
+    assert recipe.scheme("blocks.0.attn1.to_k", "token").weight.num_bits == 4
+    assert recipe.scheme("blocks.1.ff", "token") == "fragile"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\nname: b\n", "name appears twice"),
+        ("name: a\ndefaults:\n  token: {weight: {num_bits: 4, num_bits: 8}}\n", "num_bits appears twice"),
+    ],
+)
+def test_a_key_given_twice_is_an_error(tmp_path, text, words):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_activations_without_weights_are_refused():
+    with pytest.raises(RecipeError, match="together with the weight"):
+        load_recipe("w4a8", ["defaults.token.weight=null"])
+
+
+def test_every_error_about_a_key_says_what_to_try():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("w4a8", ["zzz=64"])
+    assert caught.value.hint

@@ -26,6 +26,7 @@ from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan, StoredPlan
 from dite.recipe import QuantRecipe, load_recipe
 
+OPTIONAL_TENSORS = ("zero_point", "bias")
 KEYS = ("quant_method", "format_version", "recipe", "layers", "skipped", "calibration")
 
 
@@ -104,7 +105,15 @@ class DiteQuantizer(DiffusersQuantizer):
 
     def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, unexpected_keys=None, **kwargs) -> None:
         module, _, tensor = param_name.rpartition(".")
-        setattr(model.get_submodule(module), tensor, state_dict[param_name].to(target_device, copy=True))
+        layer = model.get_submodule(module)
+        extra = next((name for name in OPTIONAL_TENSORS if f"{module}.{name}" in state_dict and getattr(layer, name) is None), None)
+        if extra is not None:  # diffusers would only warn, and the codes would mean something else
+            raise CheckpointError(
+                f"{module}.{extra} should not be there",
+                "the layer's scheme in config.json has no such tensor",
+                "weights and config.json are from different models",
+            )
+        setattr(layer, tensor, state_dict[param_name].to(target_device, copy=True))
 
     def check_quantized_param_shape(self, param_name, current_param, loaded_param) -> bool:
         raise CheckpointError(

@@ -21,7 +21,7 @@ MANIFEST = "dite_manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16_000_000
 MAX_HEADER_BYTES = 100_000_000
-HARMLESS = (".md", ".png", ".jpg", ".gitattributes")  # what people add to a model's folder, and no loader reads
+HARMLESS = (".md", ".png", ".jpg", ".gitattributes")  # what people add to a model's folder, and no loader reads; hidden files too
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
@@ -49,7 +49,7 @@ def verify_folder(folder: Path) -> Manifest:
         if size != entry.size:
             raise CheckpointError(f"{name} is damaged", f"it has {size} bytes, the manifest says {entry.size}", "copy or download the folder again")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
-    unlisted = sorted(name for name in found - {*manifest.files, MANIFEST} if not name.lower().endswith(HARMLESS))
+    unlisted = sorted(name for name in found - {*manifest.files, MANIFEST} if not (name.startswith(".") or name.lower().endswith(HARMLESS)))
     if unlisted:
         raise CheckpointError(
             f"{unlisted[0]} is not in the manifest", "a loader could read it unchecked", "remove the file, or save the model again with dite.save"

@@ -8,7 +8,7 @@ import torch
 from dite.checkpoint.format import MANIFEST, verify_folder
 from dite.errors import UsageError
 from dite.models.access import denoisers
-from dite.models.load import from_pretrained, parse_dtype, resolve
+from dite.models.load import complete, from_pretrained, parse_device, parse_dtype, resolve
 from dite.quant.linear import set_backend
 
 
@@ -19,11 +19,12 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | 
     a damaged or hostile folder, UnsupportedEnvironment when `backend` can't run it.
     """
     path = resolve(folder)
+    parse_device(device)
     if isinstance(path, str):
         raise UsageError(f"no folder {folder}", "dite.load takes a folder or builtin:NAME", "for a hub id use dite.Pipeline.from_pretrained")
     if (path / MANIFEST).exists() or (path / MANIFEST).is_symlink():
         verify_folder(path)
-    model = from_pretrained(path, parse_dtype(dtype)).to(device)
+    model = complete(from_pretrained(path, parse_dtype(dtype)), folder).to(device)
     for denoiser in denoisers(model).values():
         set_backend(denoiser, backend)
     return model

@@ -3,20 +3,22 @@
 import json
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from dite import __version__
 from dite.checkpoint.diffusers_quantizer import recipe_of
-from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, file_digest
-from dite.errors import OutputExists, UnsupportedModel, UsageError
+from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, file_digest, read_manifest
+from dite.errors import CheckpointError, OutputExists, UnsupportedModel, UsageError
 from dite.models.access import denoisers, unwrap
+from dite.outputs import check_writable
 from dite.recipe import QuantRecipe
 
 RECIPE = "recipe.yaml"
-MODEL_FILES = {".safetensors", ".json", ".yaml", ".txt", ".model", ".md", ".png", ".gitattributes"}
+MODEL_SUFFIXES = {".safetensors", ".json", ".yaml", ".txt", ".model", ".md", ".png", ".gitattributes"}
 
 
 def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -35,7 +37,7 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
     temporary = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        _write(model, temporary)
         complete_configs(model, temporary)
         if recipe is not None:
             (temporary / RECIPE).write_text(recipe_yaml(recipe), encoding="utf-8")
@@ -48,25 +50,43 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
 
 def check_output(folder: str | Path, overwrite: bool = False) -> None:
     """Raise before any work is done: OutputExists when `folder` is there and may not be replaced, UsageError when it is not ours to replace."""
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    check_writable(folder.parent)
     if not os.path.lexists(folder):
         return
-    if not overwrite:
-        raise OutputExists(f"{folder} exists already", "nothing is overwritten unasked", "choose another -o, or add --overwrite")
     if folder.is_symlink() or not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "only a folder can be replaced by a model", "choose another -o")
-    strangers = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in MODEL_FILES]
+    if not overwrite:
+        raise OutputExists(f"{folder} exists already", "nothing is overwritten unasked", "choose another one, or allow overwriting it (--overwrite)")
+    strangers = _strangers(folder)
     if any(folder.iterdir()) and (strangers or not any((folder / name).is_file() for name in (MANIFEST, "model_index.json", "config.json"))):
         raise UsageError(
             f"{folder} holds something else than a model",
-            "--overwrite replaces the whole folder, and there is no model in this one",
+            f"--overwrite replaces the whole folder; {f'it would delete {strangers[0]}' if strangers else 'there is no model in this one'}",
             "choose another -o",
         )
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Files that no model put there: not in the manifest, or without one of another kind than models have."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if (folder / MANIFEST).is_file():
+        return sorted(files - {*read_manifest(folder).files, MANIFEST})
+    return sorted(name for name in files if PurePosixPath(name).suffix not in MODEL_SUFFIXES)
 
 
 def recipe_yaml(recipe: QuantRecipe) -> str:
     """A recipe as YAML that `load_recipe` reads back to the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+
+
+def _write(model: Any, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # what a full disk looks like from inside the safetensors library
+        free = shutil.disk_usage(folder.parent).free
+        why = f"{str(error).strip()}; {free} bytes are free on that disk"
+        raise CheckpointError(f"can't write {folder.parent}", why, "free some space, or choose another output") from error
 
 
 def folder_bytes(folder: Path) -> int:
@@ -97,6 +117,7 @@ def _id2label(labels: dict[str, int]) -> dict[str, str]:
 def _write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
         files[path.relative_to(folder).as_posix()] = FileEntry(size=path.stat().st_size, sha256=file_digest(path))
         _sync(path)
     manifest = Manifest(format_version=FORMAT_VERSION, dite_version=__version__, files=files)
@@ -104,6 +125,12 @@ def _write_manifest(folder: Path) -> None:
     _sync(folder / MANIFEST)
     for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         _sync(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _replace(temporary: Path, folder: Path) -> None:

@@ -90,7 +90,10 @@ def _finish(result: Any, stdout: TextIO, as_json: bool) -> int:
 
 
 def _fail(error: DiteError, stdout: TextIO, as_json: bool) -> int:
-    print_failure(error, stdout, as_json)
+    try:
+        print_failure(error, stdout, as_json)
+    except OSError:  # stdout itself is what failed; stderr may still reach someone
+        print_failure(error, stdout, as_json=False)
     return error.exit_code
 
 

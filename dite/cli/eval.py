@@ -23,7 +23,14 @@ Guidance = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run; the protocol's unless given.", min=0, show_default=False)]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write report.json, report.html and report.md there.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Write report.json, report.html and report.md there, over those of an earlier run; fid keeps its samples in DIR.samples.",
+        show_default=False,
+    ),
 ]
 FailIf = Annotated[
     list[str] | None, typer.Option("--fail-if", metavar="EXPR", help="Exit with code 4 if this holds, as 'psnr.mean<30' or 'fid>12'. Repeatable.")

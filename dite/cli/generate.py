@@ -16,6 +16,7 @@ from dite.cli import options
 from dite.cli.conditions import Condition, conditions
 from dite.cli.output import Answer, note, progress
 from dite.errors import OutputExists
+from dite.outputs import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -146,9 +147,9 @@ def write(folder: Path, names: list[str], metadata: list[dict], rows: dict[str, 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that holds something, unless `overwrite`: then our pictures in it are replaced, and other files left alone."""
-    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not overwrite):
-        kind = "is a file" if folder.is_file() else "is not empty"
-        raise OutputExists(f"{folder} {kind}", "pictures are not written over others without being told", "use --overwrite, or another -o")
+    check_writable(folder)
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise OutputExists(f"{folder} is not empty", "pictures are not written over others without being told", "use --overwrite, or another -o")
 
 
 def _pictures_in(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ SetProtocol = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the protocol, as micro_batch=10. Repeatable.")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is already there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")]
 Precision = Annotated[DType | None, typer.Option("--dtype", help="Load the model in this precision; as stored unless given.", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image; the next ones count up from it.", min=0, max=2**32 - 1)]

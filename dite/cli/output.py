@@ -35,7 +35,7 @@ class Answer:
 def print_answer(answer: Answer, stdout: TextIO, as_json: bool) -> None:
     """Print one answer: exactly one JSON document, or the human form."""
     if as_json:
-        error = {"error": answer.failure.to_dict()} if answer.failure else {}
+        error = {"error": answer.failure.to_dict(), "exit_code": answer.failure.exit_code} if answer.failure else {}
         print_json(answer.document | error, stdout)
     elif isinstance(answer.human, str):
         stdout.write(answer.human.rstrip("\n") + "\n")

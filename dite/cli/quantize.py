@@ -1,5 +1,6 @@
 """`dite quantize`: a model, a recipe, a folder."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Group
@@ -31,10 +32,9 @@ def quantize(
     chosen = load_recipe(recipe, set)
     from dite.checkpoint.save import check_output  # after the recipe: a typing mistake is answered before torch is loaded
 
-    if not dry_run:
-        check_output(output, overwrite)
-        if output.exists() and Path(model).exists() and output.samefile(model):
-            raise UsageError(f"{output} is the model itself", "--overwrite would replace the original by its quantized copy", "choose another -o")
+    check_output(output, overwrite)
+    if output.exists() and Path(model).exists() and output.samefile(model):
+        raise UsageError(f"{output} is the model itself", "--overwrite would replace the original by its quantized copy", "choose another -o")
     from dite.models.load import load_pipeline
 
     pipe = load_pipeline(model, dtype=dtype and dtype.value)
@@ -49,7 +49,7 @@ def quantize(
     for pattern in report.unmatched_patterns:
         note(f"the recipe's pattern {pattern} names no linear of this model")
     document = {"output": str(output)} | report.to_dict()
-    return Answer(document, _summary(document, model))
+    return Answer(document, _summary(document, model, report.wide))
 
 
 def _planned(plan, output) -> Answer:
@@ -77,14 +77,12 @@ def _planned(plan, output) -> Answer:
     return Answer(document, Group(table, *map(escape, skipped), escape(total)))
 
 
-def _summary(document: dict, model: str) -> Group:
+def _summary(document: dict, model: str, wide: bool) -> Group:
     """From how much to how much, where it hurts most, and what to do next."""
     before, after, output = document["baseline_bytes"], document["bytes"], document["output"]
-    ratio = (
-        f"{before / after:.2f} times smaller"
-        if after < before
-        else "no smaller, since what was not quantized kept its precision: try --dtype bfloat16"
-    )
+    ratio = f"{before / after:.2f} times smaller" if after < before else "no smaller"
+    if wide:
+        ratio += f"; with --dtype bfloat16, {megabytes(document['bf16_bytes'])}: what is not quantized keeps its precision"
     size = f"{megabytes(before)} in bf16 → {megabytes(after)}: {ratio}"
     layers = f"{len(document['layers'])} layers, {len(document['skipped'])} left alone"
     cost = f"{document['seconds']:.1f} s, peak memory {megabytes(document['peak_memory_bytes'])}, {layers}"
@@ -92,8 +90,9 @@ def _summary(document: dict, model: str) -> Group:
     worst = Table("largest errors", "bits", "relative error", box=None, padding=(0, 2, 0, 0))
     for layer in sorted(measured, key=lambda layer: -layer["error"])[:WORST]:
         worst.add_row(layer["name"], f"w{layer['weight_bits']}a{layer['activation_bits'] or 16}", f"{layer['error']:.4f}")
+    quoted, base = shlex.quote(output), shlex.quote(model)
     steps = [
-        f"next:  dite generate {output} -n 10 --compare {model} -o {output}-pictures",
-        f"       dite eval fidelity {output} --baseline {model} --n 32",
+        f"next:  dite generate {quoted} -n 10 --compare {base} -o {shlex.quote(output + '-pictures')}",
+        f"       dite eval fidelity {quoted} --baseline {base} --n 32",
     ]
     return Group(f"[bold]{escape(output)}[/bold]  {size}", cost, "", *([worst, ""] if measured else []), *map(escape, steps))

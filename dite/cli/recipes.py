@@ -43,7 +43,7 @@ def _summary(kind: Kind, name: str) -> dict[str, str]:
 def _text(kind: Kind, name: str) -> str:
     known = recipe_names(kind)
     if name not in known:
-        raise RecipeError(
-            f"no {kind} recipe named {name}", f"known: {', '.join(known) or 'none'}", did_you_mean(name, known) or "`dite recipes` lists them"
-        )
+        other = next((one for one in Kind if name in recipe_names(one)), None)
+        hint = f"`dite recipes {name} --kind {other}` prints it" if other else did_you_mean(name, known) or f"`dite recipes --kind {kind}` lists them"
+        raise RecipeError(f"no {kind} recipe named {name}", f"known: {', '.join(known) or 'none'}", hint)
     return (recipe_folder(kind) / f"{name}.yaml").read_text(encoding="utf-8")

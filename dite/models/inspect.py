@@ -54,8 +54,10 @@ class Inspection:
             kinds = Counter(linear.kind for linear in self.discovery.linears)
             lines.append(f"  {kinds['token']} token linears, {kinds['conditioning']} conditioning linears (by {self.discovery.basis})")
         if self.quantized:
-            lines.append(f"  quantized: {self.quantized['layers']}")
+            lines.append("  quantized: " + ", ".join(f"{count} × {width}" for width, count in self.quantized["layers"].items()))
         lines += [f"  {name:<8}{size / 1e6:10.1f} MB" for name, size in self.sizes.items()]
+        if self.sizes:
+            lines[-1] += "    (what a recipe leaves alone counted in bf16)"
         if self.quantize_seconds is not None:
             lines.append(f"  quantizing takes about {self.quantize_seconds:.1f} s")
         return "\n".join(lines + [f"  {verb:<12}{'yes' if answer['ok'] else 'no: ' + answer['reason']}" for verb, answer in self.supports.items()])

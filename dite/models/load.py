@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dite.checkpoint.format import MANIFEST, read_header
-from dite.errors import CheckpointError, DiteError, UsageError
+from dite.errors import CheckpointError, DiteError, UnsupportedEnvironment, UsageError
 from dite.models.builtin import builtin_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,12 +25,13 @@ def load_pipeline(source: str | Path, *, dtype: str | torch.dtype | None = None,
     from dite.checkpoint.load import load
 
     folder = resolve(source)
+    parse_device(device)
     wanted = parse_dtype(dtype)
     if isinstance(folder, Path):
         wanted = wanted or stored_dtype(folder)
         if (folder / MANIFEST).exists():
             return load(folder, device=device, dtype=wanted)
-    return from_pretrained(folder, wanted).to(device)
+    return complete(from_pretrained(folder, wanted), source).to(device)
 
 
 def resolve(source: str | Path) -> Path | str:
@@ -70,9 +71,23 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None) -> Any
         raise
     except Exception as error:  # whatever diffusers raises on a folder it can't read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"can't load {source}", reason, "is the folder complete, and made by diffusers' save_pretrained or dite.save?"
-        ) from error
+        hint = "is the folder complete, and made by diffusers' save_pretrained or dite.save?"
+        if not isinstance(source, Path):
+            hint = "check the name and the connection to the hub, or give a folder that was downloaded before"
+        raise CheckpointError(f"can't load {source}", reason, hint) from error
+
+
+def complete(model: Any, source: Any) -> Any:
+    """`model`, if every tensor of it was in the files. Raises CheckpointError for one that diffusers left without contents."""
+    for name, part in getattr(model, "components", {"": model}).items():
+        tensors = (*part.named_parameters(), *part.named_buffers()) if isinstance(part, torch.nn.Module) else ()
+        missing = next((key for key, tensor in tensors if tensor.is_meta), None)
+        if missing is not None:
+            where = f"{name}.{missing}" if name else missing
+            raise CheckpointError(
+                f"can't load {source}", f"its files lack the tensor {where}, or config.json is another model's", "download it again"
+            )
+    return model
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -96,6 +111,19 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype}", f"known: {', '.join(DTYPES)}", "for example --dtype bfloat16")
     return DTYPES[dtype]
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """`cpu`, `cuda`, `cuda:1`. Raises UsageError for anything else, UnsupportedEnvironment where there is no such card."""
+    text = str(device)
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if match is None:
+        raise UsageError(f"unknown device {text!r}", "dite runs on cpu, cuda, or one card as cuda:0, cuda:1 and so on", "for example --device cpu")
+    cards = torch.cuda.device_count()
+    if text != "cpu" and int(match[1] or 0) >= cards:
+        built = "" if torch.version.cuda or torch.version.hip else "; this torch was built without CUDA"
+        raise UnsupportedEnvironment(f"no device {text} here", f"torch sees {cards} CUDA devices{built}", "use --device cpu, or see `dite doctor`")
+    return torch.device(text)
 
 
 def _dtype(dtype: torch.dtype | None) -> dict[str, torch.dtype]:

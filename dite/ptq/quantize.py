@@ -20,7 +20,8 @@ from dite.recipe import QuantRecipe, load_recipe
 class QuantReport:
     """What was done, layer by layer.
 
-    `bytes` and `baseline_bytes` are the transformer's weights on disk, the baseline counted in bf16. `basis` says how token and conditioning linears
+    `bytes` and `baseline_bytes` are the transformer's weights on disk, the baseline counted in bf16; `bf16_bytes` is what `bytes` would be if the
+    layers left alone were bf16 too. `basis` says how token and conditioning linears
     were told apart; `unmatched_patterns` are those of the recipe's `layers` that name nothing in this model.
     """
 
@@ -33,17 +34,25 @@ class QuantReport:
     peak_memory_bytes: int
     basis: str = "observed"
     unmatched_patterns: tuple[str, ...] = ()
+    bf16_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `dite quantize --json`."""
         values = {key: getattr(self, key) for key in ("layers", "skipped", "baseline_bytes", "bytes", "seconds", "peak_memory_bytes", "basis")}
+        values["bf16_bytes"] = self.bf16_bytes
         values["unmatched_patterns"] = list(self.unmatched_patterns)
         return {"recipe": self.recipe.model_dump(mode="json", exclude_unset=True)} | values
 
     def __str__(self) -> str:
         ratio = self.baseline_bytes / self.bytes
         sizes = f"{self.baseline_bytes / 1e6:.1f} MB → {self.bytes / 1e6:.1f} MB ({ratio:.2f}× smaller)"
-        return f"{self.recipe.name}: {len(self.layers)} layers, {sizes} in {self.seconds:.1f} s"
+        wide = f"; {self.bf16_bytes / 1e6:.1f} MB with the layers left alone in bf16" if self.wide else ""
+        return f"{self.recipe.name}: {len(self.layers)} layers, {sizes} in {self.seconds:.1f} s{wide}"
+
+    @property
+    def wide(self) -> bool:
+        """Whether the layers left alone take notably more than they would in bf16."""
+        return self.bf16_bytes is not None and self.bytes > 1.02 * self.bf16_bytes
 
 
 def quantize(
@@ -76,9 +85,10 @@ def quantize(
         layers += [_row(prefix, layer, errors[layer.name]) for layer in plans[name].layers]
         skipped |= {prefix + layer: reason for layer, reason in plans[name].skipped.items()}
     size = sum(tensor.numel() * tensor.element_size() for part in found.values() for tensor in part.state_dict().values())
+    narrow = sum(one.estimated_bytes for one in plans.values())
     first, *others = plans.values()
     unmatched = tuple(pattern for pattern in first.unmatched if all(pattern in other.unmatched for other in others))
-    return QuantReport(recipe, layers, skipped, baseline, size, time.monotonic() - started, peak_memory_bytes(), first.basis, unmatched)
+    return QuantReport(recipe, layers, skipped, baseline, size, time.monotonic() - started, peak_memory_bytes(), first.basis, unmatched, narrow)
 
 
 def plan(model: Any, recipe: str | Path | dict | QuantRecipe, example_inputs: dict | None = None) -> QuantPlan:

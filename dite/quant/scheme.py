@@ -61,4 +61,4 @@ class LayerScheme(Strict):
     weight: WeightScheme
     activation: ActivationScheme | None = None
     transform: TransformScheme = Field(default_factory=TransformScheme)
-    rank: int = Field(default=0, ge=0)
+    rank: Literal[0] = 0  # reserved in the format for low-rank parts

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dite.errors import UsageError
+from dite.errors import CheckpointError, UsageError
 from dite_evals.report import read_report
 
 FIGURES = {"fidelity": ("psnr.mean", "psnr.p05", "ssim", "latent_relative_error"), "fid": ("fid", "fid_infinity")}
-SETTINGS = ("protocol", "n", "steps", "guidance", "seed", "baseline", "reference_sha256")
+SETTINGS = ("protocol", "n", "steps", "guidance", "seed", "baseline_sha256", "reference_sha256")
 
 
 def compare_reports(first: Path, second: Path) -> dict[str, Any]:
@@ -17,7 +17,14 @@ def compare_reports(first: Path, second: Path) -> dict[str, Any]:
 
     Raises UsageError when kind, extractor or settings differ: the difference would then measure the settings.
     """
-    a, b = read_report(first), read_report(second)
+    try:
+        return _compared(read_report(first), read_report(second))
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{first} or {second} is damaged"
+        raise CheckpointError(what, f"a report lacks or misuses {error}", "measure again, or give the report.json that dite wrote") from error
+
+
+def _compared(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     facts_a, facts_b = _facts(a), _facts(b)
     apart = [key for key in facts_a if facts_a[key] != facts_b[key]]
     apart = ["kind"] if "kind" in apart else apart

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dite.errors import RecipeError, UsageError, did_you_mean
-from dite.recipe import override_key, read_yaml, recipe_folder, recipe_names, validate
+from dite.recipe import override_key, read_yaml, read_yaml_file, recipe_folder, recipe_names, validate
 
 MANY_CLASSES = 64
 
@@ -109,7 +109,7 @@ def _values(source: str | Path | dict[str, Any] | Protocol) -> dict[str, Any]:
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise RecipeError(f"no protocol file {path}", "the file does not exist", "check the path, or use a name from `dite recipes --kind eval`")
-        return read_yaml(path.read_text(encoding="utf-8"), str(path))
+        return read_yaml_file(path)
     names = recipe_names("eval")
     if str(source) not in names:
         raise RecipeError(

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from dite.errors import CheckpointError, OutputExists
+from dite.outputs import check_writable
 
 SCHEMA_VERSION = 1
 FILE = "report.json"
@@ -70,11 +71,8 @@ def environment() -> dict[str, Any]:
 
 def check_output(folder: Path) -> None:
     """Raise OutputExists unless `folder` is absent, empty, or holds an earlier report, which may be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise OutputExists(f"{folder} is a file", "a report is a folder", "choose another -o")
-    if any(folder.iterdir()) and not (folder / FILE).is_file():
+    check_writable(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / FILE).is_file():
         raise OutputExists(f"{folder} is not empty", f"it holds no {FILE}, so it is no report that may be replaced", "choose another -o")
 
 

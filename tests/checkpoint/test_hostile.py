@@ -186,3 +186,28 @@ def test_a_missing_model_is_a_usage_error(name, tmp_path, monkeypatch):
 def test_an_empty_folder_holds_no_model(tmp_path):
     with pytest.raises(UsageError, match="holds no model"):
         dite.load(tmp_path)
+
+
+def test_a_tensor_that_the_scheme_has_no_place_for_is_refused(tiny_pipeline, tmp_path):
+    from diffusers import DiTPipeline
+
+    dite.quantize(tiny_pipeline, "w4a8")
+    dite.save(tiny_pipeline, tmp_path / "q")
+    (tmp_path / "q" / "dite_manifest.json").unlink()
+    path = tmp_path / "q" / "transformer" / "config.json"
+    path.write_text(path.read_text().replace('"symmetric": false', '"symmetric": true'))
+    for load in (dite.load, DiTPipeline.from_pretrained):
+        with pytest.raises(CheckpointError, match="zero_point should not be there"):
+            load(tmp_path / "q")
+
+
+def test_a_quantized_model_whose_configuration_is_gone_is_refused(tiny_pipeline, tmp_path):
+    dite.quantize(tiny_pipeline, "w4a8")
+    dite.save(tiny_pipeline, tmp_path / "q")
+    (tmp_path / "q" / "dite_manifest.json").unlink()
+    path = tmp_path / "q" / "transformer" / "config.json"
+    values = json.loads(path.read_text())
+    del values["quantization_config"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="lack the tensor"):
+        dite.load(tmp_path / "q")

@@ -15,9 +15,9 @@ FLOOR = {
     **dict.fromkeys(("server", "ptq", "evaluation", "pipeline"), 1),
     **dict.fromkeys(("parallel", "models", "checkpoint", "sampling"), 2),
     **dict.fromkeys(("quant", "recipe"), 3),
-    **dict.fromkeys(("pictures", "errors"), 4),
+    **dict.fromkeys(("pictures", "errors", "outputs"), 4),
 }
-PUBLIC = {"dite", "dite.errors", "dite.pictures", "dite.recipe", "dite.sampling"}  # what dite_evals may use
+PUBLIC = {"dite", "dite.errors", "dite.outputs", "dite.pictures", "dite.recipe", "dite.sampling"}  # what dite_evals may use
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "safetensors", "triton", "torchmetrics", "dite_kernels", "dite_evals"}
 
 
