@@ -1,6 +1,6 @@
 # Needs make and Python 3.11 or newer; everything else goes into .venv.
 #
-#   make demo    quantize the built-in model to 4 bits, draw with both, write a report        (about 10 minutes, installs aside)
+#   make demo    quantize the built-in model to 4 bits, draw with both, write a report        (a minute, installs aside)
 #   make test    ruff, then pytest                                                            (a few minutes)
 #
 # PYTHON=python3.12 chooses the interpreter; PIP_ARGS adds options to pip, for a mirror or a build of torch for your card.
