@@ -57,16 +57,40 @@ class Search(Strict):
     strategy: Literal["none"] = "none"
 
 
+class Calibration(Strict):
+    """Trajectories to calibrate on: `num_samples` of them, `num_steps` each, with `guidance`, seeded.
+
+    About `num_calls` of the denoiser's calls are kept, a quarter of them to judge by. `prompts` are for models that read text; there they are
+    required.
+    """
+
+    num_samples: int = Field(default=64, ge=8, le=4096)
+    num_steps: int = Field(default=50, ge=1, le=1000)
+    guidance: float = Field(default=4.0, ge=0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    num_calls: int = Field(default=64, ge=4)
+    prompts: list[str] = Field(default_factory=list)
+
+
 class QuantRecipe(Strict):
-    """A whole recipe: the contents of `recipes/quant/*.yaml`."""
+    """A whole recipe: the contents of `recipes/quant/*.yaml`.
+
+    `transform` and `rounding` say what is tried on each layer: with `auto` the best on held-out inputs is kept.
+    """
 
     name: str
     description: str = ""
     defaults: Defaults
-    transform: Literal["none"] = "none"
-    rounding: Literal["nearest"] = "nearest"
+    transform: Literal["none", "hadamard", "auto"] = "none"
+    rounding: Literal["nearest", "gptq", "auto"] = "nearest"
+    calibration: Calibration = Field(default_factory=lambda: Calibration())
     search: Search = Field(default_factory=Search)
     layers: dict[str, LayerOverride] = Field(default_factory=dict)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model must be run to carry this recipe out."""
+        return self.rounding != "nearest" or self.transform != "none"
 
     def names(self, name: str) -> bool:
         """Whether a pattern gives layer `name` a weight scheme: then it is quantized even outside the blocks."""

@@ -1,6 +1,6 @@
-"""Size against quality of the rounding recipes, as data: bytes, paired fidelity, and FID for the named recipes.
+"""Size against quality of the recipes, rounded to nearest and calibrated, as data: bytes, paired fidelity, and FID for the named recipes.
 
-    python evals/quality_table.py --out docs/results/quality.json [--model builtin:cifar10-dit] [--recipes w4a8,w4a4] [--n 128] [--fid 5000]
+    python evals/quality_table.py --out docs/results/quality.json [--model builtin:cifar10-dit] [--recipes "w4a8;w4a4, calibrated"] [--n 128]
 
 A row is written as soon as it is measured, and an interrupted run goes on with the next one; processes with different `--recipes` may share an
 `--out`. `--markdown` prints the table that README shows.
@@ -16,7 +16,8 @@ from typing import Any
 import dite
 from dite_evals.report import environment
 
-RECIPES = ("w8a8", "w6a8", "w4a8", "w4a4")
+CALIBRATED = ", calibrated"  # a recipe's name with this: rounding and transform chosen for each layer
+RECIPES = ("w8a8", "w6a8", "w4a8", "w4a8" + CALIBRATED, "w4a4", "w4a4" + CALIBRATED)
 GROUP_SIZES = (128, 64)
 ORDER = [("full precision", None), *((recipe, size) for recipe in RECIPES for size in GROUP_SIZES)]
 FIDELITY = {"steps": 20, "guidance": 2.0, "dtype": "float32"}
@@ -76,8 +77,10 @@ def build(row: dict[str, Any], model: str, dtype: str) -> tuple[Any, dict[str, A
     size = row["group_size"]
     overrides = [f"defaults.{kind}.weight.group_size={min(size, 64) if kind == 'conditioning' else size}" for kind in ("token", "conditioning")]
     changes = overrides if size != GROUP_SIZES[0] else []
-    stored = dite.quantize(dite.Pipeline.from_pretrained(model), row["recipe"], overrides=changes)  # at the stored dtype: the size on disk
-    dite.quantize(pipe, row["recipe"], overrides=changes)
+    changes += ["rounding=auto", "transform=auto"] if row["recipe"].endswith(CALIBRATED) else []
+    recipe = row["recipe"].removesuffix(CALIBRATED)
+    stored = dite.quantize(dite.Pipeline.from_pretrained(model), recipe, overrides=changes)  # at the stored dtype: the size on disk
+    dite.quantize(pipe, recipe, overrides=changes)
     return pipe, {"bytes": stored.bytes, "ratio": stored.baseline_bytes / stored.bytes, "seconds_to_quantize": round(stored.seconds, 2)}
 
 
@@ -117,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write, or to go on with")
     parser.add_argument("--model", default="builtin:cifar10-dit")
     parser.add_argument("--n", type=int, default=128, help="pairs for PSNR and latent error")
-    parser.add_argument("--recipes", type=lambda text: text.split(","), default=["full precision", *RECIPES], help="only these rows")
+    parser.add_argument("--recipes", type=lambda text: text.split(";"), default=["full precision", *RECIPES], help="only these rows")
     parser.add_argument("--fid", type=int, default=5000, help="samples for FID; 0 leaves it out")
     parser.add_argument("--markdown", action="store_true", help="print the table of an existing --out")
     return parser.parse_args()

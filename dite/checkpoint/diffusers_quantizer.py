@@ -19,7 +19,7 @@ from torch import nn
 
 from dite.checkpoint.format import FORMAT_VERSION
 from dite.checkpoint.register import register_with_diffusers
-from dite.errors import CheckpointError
+from dite.errors import CheckpointError, UsageError
 from dite.models.planning import make_plan
 from dite.quant.apply import check_weights, insert_empty_layers_, quantize_linears_, quantized_layers
 from dite.quant.linear import QuantLinear
@@ -138,6 +138,12 @@ class DiteQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs) -> None:
         if not self.pre_quantized:
             recipe = self.quantization_config.recipe
+            if recipe.calibrated:
+                raise UsageError(
+                    f"recipe {recipe.name} can't be carried out while loading",
+                    f"it calibrates (rounding: {recipe.rounding}, transform: {recipe.transform}), for which the whole pipeline must run",
+                    "load the pipeline first, then call dite.quantize on it",
+                )
             plan = make_plan(model, recipe, allow_marked=True)
             check_weights(model, plan)
             quantize_linears_(model, plan)

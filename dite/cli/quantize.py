@@ -87,7 +87,8 @@ def _summary(document: dict, model: str, wide: bool) -> Group:
     layers = f"{len(document['layers'])} layers, {len(document['skipped'])} left alone"
     cost = f"{document['seconds']:.1f} s, peak memory {megabytes(document['peak_memory_bytes'])}, {layers}"
     measured = [layer for layer in document["layers"] if layer.get("error") is not None]
-    worst = Table("largest errors", "bits", "relative error", box=None, padding=(0, 2, 0, 0))
+    of = "outputs, held out" if any(layer.get("error_of") == "outputs" for layer in measured) else "weights"
+    worst = Table("largest errors", "bits", f"relative error of {of}", box=None, padding=(0, 2, 0, 0))
     for layer in sorted(measured, key=lambda layer: -layer["error"])[:WORST]:
         worst.add_row(layer["name"], f"w{layer['weight_bits']}a{layer['activation_bits'] or 16}", f"{layer['error']:.4f}")
     quoted, base = shlex.quote(output), shlex.quote(model)

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from dite.checkpoint.diffusers_quantizer import mark_quantized_
-from dite.models.access import denoisers
+from dite.errors import UsageError
+from dite.models.access import denoisers, unwrap
 from dite.models.discovery import discover
 from dite.models.planning import baseline_bytes, make_plan
+from dite.ptq.calibrate import Calls, record
+from dite.ptq.rounding import round_linears_
 from dite.quant.apply import Progress, check_weights, quantize_linears_
 from dite.quant.plan import QuantPlan
 from dite.recipe import QuantRecipe, load_recipe
+from dite.sampling import class_ids, takes_classes
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,10 @@ def quantize(
     `recipe` is a name, a YAML file, a dict or a QuantRecipe; `overrides` are `a.b=c` strings. `example_inputs` (keyword arguments of the model's
     forward) tell token from conditioning linears in a model dite doesn't know. `progress(layer, done, total)` is called after each layer.
 
-    Raises RecipeError, UsageError (quantized already), UnsupportedModel (no transformer blocks), QuantizationError (NaN weights; nothing changed).
+    A recipe that calibrates (`rounding` or `transform` other than nearest and none) samples with the pipeline first, so it needs a whole one.
+
+    Raises RecipeError, UsageError (quantized already; nothing to sample with), UnsupportedModel (no transformer blocks), QuantizationError (NaN in
+    weights: nothing has changed; NaN met in calibration: load the model again).
     """
     started = time.monotonic()
     recipe = load_recipe(recipe, overrides)
@@ -78,11 +85,16 @@ def quantize(
         check_weights(part, plans[name])
     baseline = sum(baseline_bytes(part) for part in found.values())
     layers, skipped = [], {}
+    calls = _calls(model, found, recipe, progress) if recipe.calibrated else {}
     for name, part in found.items():
-        errors = quantize_linears_(part, plans[name], progress)
+        if recipe.calibrated:
+            plans[name] = round_linears_(part, plans[name], calls[name], recipe.transform, recipe.rounding, progress)
+        else:
+            errors = quantize_linears_(part, plans[name], progress)
+            plans[name] = replace(plans[name], layers=[replace(layer, error=errors[layer.name]) for layer in plans[name].layers])
         mark_quantized_(part, plans[name], recipe)
         prefix = _prefix(name, found)
-        layers += [_row(prefix, layer, errors[layer.name]) for layer in plans[name].layers]
+        layers += [_row(prefix, layer, recipe.calibrated) for layer in plans[name].layers]
         skipped |= {prefix + layer: reason for layer, reason in plans[name].skipped.items()}
     size = sum(tensor.numel() * tensor.element_size() for part in found.values() for tensor in part.state_dict().values())
     narrow = sum(one.estimated_bytes for one in plans.values())
@@ -116,7 +128,19 @@ def _plan_one(model, recipe: QuantRecipe, given: dict | None) -> QuantPlan:
     return make_plan(model, recipe, discover(model, given, strict=True) if given else None)
 
 
-def _row(prefix: str, layer, error: float) -> dict[str, Any]:
+def _calls(model: Any, found: dict[str, Any], recipe: QuantRecipe, progress: Progress | None) -> dict[str, Calls]:
+    """What each denoiser sees on the recipe's trajectories. Raises UsageError where there is nothing to sample with."""
+    pipe, settings = unwrap(model), recipe.calibration
+    what = f"recipe {recipe.name} calibrates (rounding: {recipe.rounding}, transform: {recipe.transform})"
+    if not hasattr(pipe, "components"):
+        raise UsageError(what, "a bare model has no sampler to run it with", "pass the whole pipeline, or use rounding: nearest and transform: none")
+    conditions = class_ids(pipe) if takes_classes(pipe) else settings.prompts
+    if not conditions:
+        raise UsageError(what, f"{type(pipe).__name__} draws from prompts, and the recipe has none", "add calibration.prompts to the recipe")
+    return record(pipe, found, [conditions[index % len(conditions)] for index in range(settings.num_samples)], settings, progress)
+
+
+def _row(prefix: str, layer, calibrated: bool) -> dict[str, Any]:
     scheme = layer.scheme
     return {
         "name": prefix + layer.name,
@@ -125,7 +149,9 @@ def _row(prefix: str, layer, error: float) -> dict[str, Any]:
         "activation_bits": scheme.activation.num_bits if scheme.activation else None,
         "group_size": scheme.weight.group_size,
         "transform": scheme.transform.kind,
-        "error": error,
+        "rounding": layer.rounding,
+        "error": layer.error,
+        "error_of": "outputs" if calibrated else "weights",
     }
 
 

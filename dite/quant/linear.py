@@ -11,12 +11,15 @@ from torch import nn
 from dite.errors import QuantizationError, UnsupportedEnvironment, UsageError, did_you_mean
 from dite.quant.scheme import LayerScheme
 from dite_kernels import backends
+from dite_kernels.hadamard import rotate, signs
 from dite_kernels.packing import packed_columns
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
 
 
 class QuantLinear(nn.Linear):
     """y = x·Wᵀ + b with W in integer codes and x quantized at each call; input [..., K], output [..., N] in the input's dtype.
+
+    Where the scheme says so, x is first rotated (`dite_kernels.hadamard`), and the codes are those of the weight rotated likewise.
 
     Buffers: qdata uint8 [N, packed K]; scale [N, G] fp16 or fp32; zero_point uint8 [N, packed G] unless symmetric; bias [N] or None.
     `backend` names what runs it (`auto` by default); see `dite_kernels.backends`.
@@ -30,6 +33,7 @@ class QuantLinear(nn.Linear):
         self.spec = linear_spec(in_features, out_features, scheme)
         self.backend = "auto"
         self._prepared: tuple | None = None
+        self._sign: torch.Tensor | None = None
         bits, groups = scheme.weight.num_bits, self.spec.groups
         self.register_parameter("weight", None)
         self.register_buffer("qdata", torch.zeros(out_features, packed_columns(in_features, bits), dtype=torch.uint8, device=device))
@@ -75,17 +79,26 @@ class QuantLinear(nn.Linear):
         self._prepared = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight [N, K] that the codes stand for."""
-        return self.tensor.dequantize(self.spec, dtype)
+        """The weight [N, K] that the layer stands for, in the basis of its input."""
+        transform = self.scheme.transform
+        if not transform.rotates:
+            return self.tensor.dequantize(self.spec, dtype)
+        weight = rotate(self.tensor.dequantize(self.spec), transform.block)
+        sign = self._signs(weight)
+        return (weight if sign is None else weight * sign).to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         backend, prepared = self._prepare(x)
-        y = backend.linear(x.reshape(-1, self.in_features), prepared, self.bias, self.spec)
+        rows = x.reshape(-1, self.in_features)
+        if self.scheme.transform.rotates:
+            rows = rotate(rows, self.scheme.transform.block, self._signs(rows))
+        y = backend.linear(rows, prepared, self.bias, self.spec)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         weight, activation = self.scheme.weight, self.scheme.activation
         inputs = f"A{activation.num_bits} per {activation.granularity}" if activation else "weight-only"
+        inputs += ", rotated" if self.scheme.transform.rotates else ""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{weight.num_bits} g{weight.group_size or 'all'}, {inputs}"
 
     def _prepare(self, x: torch.Tensor) -> tuple:
@@ -96,7 +109,16 @@ class QuantLinear(nn.Linear):
         return self._prepared[1:]
 
     def __getstate__(self):
-        return self.__dict__ | {"_prepared": None}  # copies and pickles prepare their own
+        return self.__dict__ | {"_prepared": None, "_sign": None}  # copies and pickles prepare their own
+
+    def _signs(self, x: torch.Tensor) -> torch.Tensor | None:
+        """±1 [K] like `x`, kept between calls; None for a rotation without signs."""
+        seed = self.scheme.transform.sign_seed
+        if seed is None:
+            return None
+        if self._sign is None or self._sign.device != x.device or self._sign.dtype != x.dtype:
+            self._sign = signs(self.in_features, seed).to(x.device, x.dtype)
+        return self._sign
 
     def _apply(self, fn, recurse=True):
         scale = self.scale

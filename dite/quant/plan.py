@@ -10,13 +10,18 @@ from dite_kernels.packing import packed_columns
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One linear and how it is quantized."""
+    """One linear and how it is quantized; once that is done, also how its codes were chosen and what that cost.
+
+    `error` is relative: of the outputs on held-out inputs if the layer was calibrated (`output_error`), else of the weight.
+    """
 
     name: str
     kind: str
     in_features: int
     out_features: int
     scheme: LayerScheme
+    rounding: str = "nearest"
+    error: float | None = None
 
     @property
     def weight_bytes(self) -> int:

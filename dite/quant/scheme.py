@@ -1,8 +1,8 @@
 """What a quantized linear is: bits, groups, symmetry. Pure data, no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -19,6 +19,7 @@ def _multiple_of_16(value: int | None) -> int | None:
     return value
 
 
+MAX_BLOCK = 1024
 MAX_GROUP_SIZE = 32768  # the sum of a group must fit int32
 GroupSize = Annotated[int | None, AfterValidator(_multiple_of_16)]
 
@@ -48,11 +49,28 @@ class ActivationScheme(Strict):
 
 
 class TransformScheme(Strict):
-    """A change of basis that leaves the layer's function as it is and makes its numbers easier to round."""
+    """A change of basis that leaves the layer's function as it is and makes its numbers easier to round.
 
-    kind: Literal["none"] = "none"
+    `hadamard` rotates blocks of `block` channels (a power of two), after random signs drawn from `sign_seed` if there is one.
+    """
+
+    kind: Literal["none", "hadamard"] = "none"
     block: int | None = None
-    sign_seed: int | None = None
+    sign_seed: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _block_belongs_to_hadamard(self) -> Self:
+        if self.rotates != (self.block is not None):
+            raise ValueError(f"transform {self.kind} {'needs a block' if self.rotates else 'takes no block'}")
+        if self.block is not None and (not 2 <= self.block <= MAX_BLOCK or self.block & (self.block - 1)):
+            raise ValueError(f"a Hadamard block is a power of two from 2 to {MAX_BLOCK}, not {self.block}")
+        if self.sign_seed is not None and not self.rotates:
+            raise ValueError(f"transform {self.kind} takes no sign_seed")
+        return self
+
+    @property
+    def rotates(self) -> bool:
+        return self.kind == "hadamard"
 
 
 class LayerScheme(Strict):

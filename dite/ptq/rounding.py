@@ -1,0 +1,116 @@
+"""Quantize one linear: try the ways that a recipe allows, keep the one whose outputs on held-out inputs are nearest to the original's."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from dite.ptq.calibrate import Calls, LayerInputs, observe
+from dite.quant.apply import Progress, replace_
+from dite.quant.gptq import SingularHessian, gptq
+from dite.quant.linear import QuantLinear
+from dite.quant.plan import LayerPlan, QuantPlan
+from dite.quant.scheme import LayerScheme, TransformScheme
+from dite_kernels.hadamard import rotate, signs
+from dite_kernels.quant_tensor import quantize_weight
+
+HADAMARD = TransformScheme(kind="hadamard", block=128, sign_seed=0)
+NONE = TransformScheme()
+MOMENT_BYTES = 1_500_000_000  # of second moments held at a time
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A quantized layer, how its codes were chosen (`nearest` or `gptq`), and its relative output error on held-out inputs."""
+
+    layer: QuantLinear
+    rounding: str
+    error: float
+
+
+@torch.no_grad()
+def round_layer(linear: nn.Linear, scheme: LayerScheme, kind: str, inputs: LayerInputs, transform: str, rounding: str) -> Rounded:
+    """The best of what `transform` (none, hadamard, auto) and `rounding` (nearest, gptq, auto) allow.
+
+    Only token linears are rotated: conditioning linears keep their activations in floats, and gain nothing from it.
+    """
+    rows = torch.cat(inputs.rows) if inputs.rows else None
+    best: Rounded | None = None
+    for basis, method in _candidates(kind, transform, rounding):
+        try:
+            layer = _rounded(linear, scheme.model_copy(update={"transform": basis}), inputs.moments, method)
+        except SingularHessian:
+            continue
+        found = Rounded(layer, method, output_error(linear, layer, rows))
+        if best is None or found.error < best.error:
+            best = found
+    if best is None:
+        best = Rounded(_rounded(linear, scheme, inputs.moments, "nearest"), "nearest", 0.0)
+    return best
+
+
+def output_error(linear: nn.Linear, layer: QuantLinear, rows: torch.Tensor | None) -> float:
+    """‖y − ŷ‖ / ‖y‖ over `rows` [M, K], biases left out: activations are quantized as they will be."""
+    if rows is None or not len(rows):
+        return 0.0
+    wanted = rows @ linear.weight.detach().float().T
+    bias = 0.0 if layer.bias is None else layer.bias.float()
+    norm = wanted.norm()
+    return float((layer(rows) - bias - wanted).norm() / norm) if norm > 0 else 0.0
+
+
+def _candidates(kind: str, transform: str, rounding: str) -> Iterator[tuple[TransformScheme, str]]:
+    bases = {"none": [NONE], "hadamard": [HADAMARD], "auto": [NONE, HADAMARD]}[transform if kind == "token" else "none"]
+    methods = {"nearest": ["nearest"], "gptq": ["gptq"], "auto": ["nearest", "gptq"]}[rounding]
+    return ((basis, method) for basis in bases for method in methods)
+
+
+def _rounded(linear: nn.Linear, scheme: LayerScheme, moments: torch.Tensor, method: str) -> QuantLinear:
+    weight, transform = linear.weight.detach().float(), scheme.transform
+    layer = QuantLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=weight.device, dtype=linear.weight.dtype)
+    if transform.rotates:
+        sign = None if transform.sign_seed is None else signs(linear.in_features, transform.sign_seed)
+        weight = rotate(weight, transform.block, sign)
+        if method == "gptq":
+            moments = rotate(rotate(moments, transform.block, sign).T, transform.block, sign)
+    layer.tensor = quantize_weight(weight, layer.spec) if method == "nearest" else gptq(weight, moments, layer.spec, ordered=True, shrink=True)
+    if linear.bias is not None:
+        layer.bias = linear.bias.detach().clone()
+    return layer.train(linear.training)
+
+
+def round_linears_(model: nn.Module, plan: QuantPlan, calls: Calls, transform: str, rounding: str, progress: Progress | None = None) -> QuantPlan:
+    """Replace every planned linear by its best quantized form; returns the plan as it was carried out, with each layer's transform.
+
+    Layers are observed a few at a time, so that their moments take at most MOMENT_BYTES; later ones are calibrated on what the quantized ones
+    before them put out.
+    """
+    done: list[LayerPlan] = []
+    for some in _chunks(plan.layers):
+        inputs = observe(model, [layer.name for layer in some], calls)
+        for layer in some:
+            linear = model.get_submodule(layer.name)
+            scheme = layer.scheme
+            if layer.name in inputs:
+                found = round_layer(linear, scheme, layer.kind, inputs[layer.name], transform, rounding)
+            else:  # a layer that the model's forward never called
+                found = Rounded(_rounded(linear, scheme, torch.empty(0), "nearest"), "nearest", 0.0)
+            replace_(model, layer.name, found.layer)
+            done.append(replace(layer, scheme=found.layer.scheme, rounding=found.rounding, error=found.error))
+            if progress:
+                progress(layer.name, len(done), len(plan.layers))
+    return replace(plan, layers=done)
+
+
+def _chunks(layers: list[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    some: list[LayerPlan] = []
+    size = 0
+    for layer in layers:
+        cost = 4 * layer.in_features**2
+        if some and size + cost > MOMENT_BYTES:
+            yield some
+            some, size = [], 0
+        some.append(layer)
+        size += cost
+    yield some

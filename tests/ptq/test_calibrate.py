@@ -1,0 +1,64 @@
+"""Calibration: real calls of the denoiser, spread over time, the same for the same seed; and second moments of what each linear is given."""
+
+import pytest
+import torch
+
+from dite.errors import QuantizationError
+from dite.ptq.calibrate import Calls, observe, record
+from dite.recipe import Calibration
+
+SHORT = Calibration(num_samples=16, num_steps=6, num_calls=8, guidance=2.0)
+
+
+@pytest.fixture
+def calls(tiny_pipeline):
+    return record(tiny_pipeline, {"": tiny_pipeline.transformer}, [index % 10 for index in range(16)], SHORT)[""]
+
+
+def timesteps(calls):
+    return [int(call["timestep"].flatten()[0]) for call in (*calls.calibration, *calls.held_out)]
+
+
+def test_calls_are_spread_over_the_trajectories_steps(calls):
+    assert len(calls.held_out) == len(timesteps(calls)) // 4 > 0
+    assert len(set(timesteps(calls))) == 6  # every step of the sampler, over the micro-batches
+
+
+def test_calls_hold_conditional_and_null_labels(calls):
+    labels = torch.cat([call["class_labels"] for call in calls.calibration])
+    assert (labels == 1000).sum() == (labels != 1000).sum()
+
+
+def test_the_same_seed_records_the_same_calls(tiny_pipeline, calls):
+    again = record(tiny_pipeline, {"": tiny_pipeline.transformer}, [index % 10 for index in range(16)], SHORT)[""]
+    assert all(torch.equal(a["hidden_states"], b["hidden_states"]) for a, b in zip(calls.calibration, again.calibration, strict=True))
+
+
+def test_recording_leaves_no_hook(tiny_pipeline, calls):
+    assert not tiny_pipeline.transformer._forward_pre_hooks
+
+
+def test_moments_are_those_of_the_inputs(tiny_pipeline, calls):
+    model, name = tiny_pipeline.transformer, "transformer_blocks.1.ff.net.2"
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _module, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for call in calls.calibration:
+            model(**call)
+    handle.remove()
+    rows = torch.cat(seen)
+    found = observe(model, [name], calls)[name]
+    assert found.count == len(rows) and torch.allclose(found.moments, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    assert found.rows[0].shape[1] == rows.shape[1] and sum(map(len, found.rows)) <= 512
+
+
+def test_layers_with_one_input_share_its_moments(tiny_pipeline, calls):
+    names = [f"transformer_blocks.0.attn1.to_{part}" for part in "qkv"]
+    found = observe(tiny_pipeline.transformer, names, calls)
+    assert found[names[0]] is found[names[1]] is found[names[2]]
+
+
+def test_inputs_that_are_not_finite_name_the_layer(tiny_pipeline, calls):
+    broken = [call | {"hidden_states": torch.full_like(call["hidden_states"], torch.nan)} for call in calls.calibration]
+    with pytest.raises(QuantizationError, match=r"transformer_blocks\.0\.attn1\.to_q"):
+        observe(tiny_pipeline.transformer, ["transformer_blocks.0.attn1.to_q"], Calls(broken, []))

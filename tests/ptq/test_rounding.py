@@ -1,0 +1,132 @@
+"""Calibrated quantization: better than rounding on the inputs that a model really has, and the same after a reload."""
+
+import pytest
+import torch
+from torch import nn
+
+import dite
+from dite.errors import UsageError
+from dite.models.families import example_inputs
+from dite.ptq import rounding
+from dite.ptq.calibrate import LayerInputs
+from dite.ptq.rounding import output_error, round_layer
+from dite.quant.apply import quantized_layers
+from dite.quant.linear import QuantLinear
+from dite.quant.scheme import ActivationScheme, LayerScheme, TransformScheme, WeightScheme
+from dite.recipe import load_recipe
+
+W4A4 = LayerScheme(weight=WeightScheme(num_bits=4, group_size=32), activation=ActivationScheme(num_bits=4))
+QUICK = ["calibration.num_samples=8", "calibration.num_steps=4", "calibration.num_calls=8"]
+CALIBRATED = [*QUICK, "rounding=auto", "transform=auto"]
+
+
+@pytest.fixture
+def problem():
+    """A linear and inputs with outlier channels, as moments to calibrate on and rows to judge by."""
+    torch.manual_seed(0)
+    x = torch.randn(900, 160) @ torch.randn(160, 160) * 0.1
+    x[:, 7] *= 30
+    return nn.Linear(160, 24), LayerInputs(x[:700].T @ x[:700], 700, [x[700:]])
+
+
+def best(problem, kind="token", transform="auto", rounding="auto", scheme=W4A4):
+    linear, inputs = problem
+    return round_layer(linear, scheme, kind, inputs, transform, rounding)
+
+
+@pytest.mark.parametrize("sign_seed", [None, 3])
+@pytest.mark.parametrize("block", [16, 128])
+def test_a_rotated_layer_computes_the_same_function(block, sign_seed):
+    linear = nn.Linear(100, 6)
+    scheme = LayerScheme(weight=WeightScheme(), transform=TransformScheme(kind="hadamard", block=block, sign_seed=sign_seed))
+    layer = rounding._rounded(linear, scheme, torch.empty(0), "nearest")
+    x = torch.randn(3, 5, 100)
+    assert (layer(x) - linear(x)).norm() < 0.01 * linear(x).norm()
+    assert (layer.dequantize() - linear.weight).norm() < 0.01 * linear.weight.norm()
+
+
+def test_every_choice_is_at_least_as_good_as_rounding(problem):
+    nearest = best(problem, transform="none", rounding="nearest")
+    assert nearest.error == pytest.approx(output_error(problem[0], QuantLinear.from_linear(problem[0], W4A4), problem[1].rows[0]))
+    gptq, rotated, auto = best(problem, transform="none"), best(problem, rounding="nearest", transform="hadamard"), best(problem)
+    assert auto.error <= min(gptq.error, rotated.error) < nearest.error
+    assert auto.layer.scheme.transform.kind == "hadamard" and auto.error < 0.6 * nearest.error
+
+
+def test_a_rotation_that_does_not_pay_is_not_made():
+    torch.manual_seed(0)
+    x = torch.randn(600, 64)
+    linear = nn.Linear(64, 8)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randint(-7, 8, (8, 64)) / 7.0)  # what 4 bits hold exactly
+    scheme = LayerScheme(weight=WeightScheme(num_bits=4, group_size=None, symmetric=True), activation=ActivationScheme())
+    found = best((linear, LayerInputs(x[:500].T @ x[:500], 500, [x[500:]])), scheme=scheme)
+    assert found.layer.scheme.transform.kind == "none"
+
+
+def test_conditioning_layers_are_not_rotated(problem):
+    assert best(problem, kind="conditioning", transform="hadamard").layer.scheme.transform.kind == "none"
+
+
+def test_moments_that_are_not_finite_fall_back_to_rounding(problem):
+    linear, inputs = problem
+    inputs.moments[0, 0] = torch.nan
+    found = round_layer(linear, W4A4, "token", inputs, "auto", "gptq")
+    assert found.rounding == "nearest" and torch.equal(found.layer.qdata, QuantLinear.from_linear(linear, W4A4).qdata)
+
+
+def test_a_calibrated_model_reloads_bit_identical(tiny_pipeline, tmp_path):
+    from diffusers import DiTPipeline
+
+    report = dite.quantize(tiny_pipeline, "w4a4", overrides=[*QUICK, "rounding=gptq", "transform=hadamard"])
+    assert {(row["kind"], row["transform"], row["rounding"]) for row in report.layers} == {
+        ("token", "hadamard", "gptq"),
+        ("conditioning", "none", "gptq"),
+    }
+    dite.save(tiny_pipeline, tmp_path / "q")
+    inputs = example_inputs(tiny_pipeline.transformer)
+    with torch.no_grad():
+        wanted = tiny_pipeline.transformer(**inputs)[0]
+        for load in (dite.load, DiTPipeline.from_pretrained):
+            assert torch.equal(load(tmp_path / "q").transformer(**inputs)[0], wanted)
+
+
+def test_the_report_tells_how_each_layer_was_rounded_and_its_output_error(tiny_pipeline):
+    report = dite.quantize(tiny_pipeline, "w4a4", overrides=CALIBRATED)
+    layers = quantized_layers(tiny_pipeline.transformer)
+    for row in report.layers:
+        assert row["error_of"] == "outputs" and 0 < row["error"] < 1 and row["rounding"] in ("nearest", "gptq")
+        assert row["transform"] == layers[row["name"]].scheme.transform.kind
+    assert report.recipe.rounding == "auto"
+
+
+def test_the_same_seed_gives_the_same_codes(tiny_pipeline):
+    import copy
+
+    twin = copy.deepcopy(tiny_pipeline.transformer)
+    dite.quantize(tiny_pipeline, "w4a8", overrides=CALIBRATED)
+    first, tiny_pipeline.transformer = tiny_pipeline.transformer, twin
+    dite.quantize(tiny_pipeline, "w4a8", overrides=CALIBRATED)
+    for name, layer in quantized_layers(first).items():
+        assert torch.equal(layer.qdata, twin.get_submodule(name).qdata)
+
+
+def test_few_layers_at_a_time_give_the_same_layers(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(rounding, "MOMENT_BYTES", 1)
+    report = dite.quantize(tiny_pipeline, "w4a8", overrides=CALIBRATED)
+    assert len(report.layers) == len(quantized_layers(tiny_pipeline.transformer)) == len({row["name"] for row in report.layers})
+
+
+def test_a_recipe_that_calibrates_is_refused_while_loading(tiny_pipeline, tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    tiny_pipeline.transformer.save_pretrained(tmp_path / "t")
+    recipe = load_recipe("w4a8", CALIBRATED)
+    with pytest.raises(UsageError, match="while loading"):
+        DiTTransformer2DModel.from_pretrained(tmp_path / "t", quantization_config=dite.DiteConfig(recipe))
+
+
+def test_a_bare_model_cannot_be_calibrated_and_stays_as_it_was(tiny_pipeline):
+    with pytest.raises(UsageError, match="calibrates"):
+        dite.quantize(tiny_pipeline.transformer, "w4a8", overrides=CALIBRATED)
+    assert not quantized_layers(tiny_pipeline.transformer)
