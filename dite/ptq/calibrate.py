@@ -77,12 +77,12 @@ class _Recorder:
             given = dict(self.signature.bind(module, *args, **kwargs).arguments)
             del given[next(iter(self.signature.parameters))]
             given |= given.pop("kwargs", {})
-            self.kept.append({key: _to_cpu(value) for key, value in given.items()})
+            self.kept.append(_mapped(given, lambda tensor: tensor.detach().to("cpu", copy=True)))
 
 
 @torch.no_grad()
 def observe(model: nn.Module, names: Iterable[str], calls: Calls) -> dict[str, LayerInputs]:
-    """Run `calls` through `model` and gather the inputs of the linears called `names`. Layers that share an input share its moments.
+    """Run `calls` through `model` and gather the inputs of the linears called `names`; one that is never called is missing from the answer.
 
     Raises QuantizationError, which names the layer, for inputs that are NaN or inf.
     """
@@ -92,36 +92,31 @@ def observe(model: nn.Module, names: Iterable[str], calls: Calls) -> dict[str, L
         share = max(1, KEPT_ROWS // max(1, len(some)))
         for call in some:
             with _watched(modules) as inputs:
-                model(**_to_device(call, model))
-            done: dict[int, LayerInputs] = {}  # inputs of this call, by identity, that were added already
-            for name, x in inputs.items():
-                if id(x) in done:
-                    found.setdefault(name, done[id(x)])
-                    continue
+                model(**_mapped(call, lambda tensor: tensor.to(_device(model))))
+            summaries: dict[int, torch.Tensor] = {}  # by identity: queries, keys and values are made from one tensor
+            for name, x in inputs:
+                rows = x.reshape(-1, x.shape[-1]).float()
+                if id(x) not in summaries:
+                    if not torch.isfinite(rows.sum()):
+                        why = "calibration runs the model on its own trajectories"
+                        raise QuantizationError(f"layer {name} was given NaN or inf", why, "try it in float32 first")
+                    summaries[id(x)] = rows[:: max(1, -(-len(rows) // share))].clone() if held_out else rows.T @ rows
                 stats = found.setdefault(name, LayerInputs(torch.zeros(x.shape[-1], x.shape[-1], device=x.device)))
-                done[id(x)] = stats
-                _add(stats, x, name, held_out, share)
+                if held_out:
+                    stats.rows.append(summaries[id(x)])
+                else:
+                    stats.moments += summaries[id(x)]
+                    stats.count += len(rows)
     return found
 
 
-def _add(stats: LayerInputs, x: torch.Tensor, name: str, held_out: bool, share: int) -> None:
-    rows = x.reshape(-1, x.shape[-1]).float()
-    if not torch.isfinite(rows.sum()):
-        raise QuantizationError(f"layer {name} was given NaN or inf", "calibration runs the model on its own trajectories", "try it in float32 first")
-    if not held_out:
-        stats.moments.addmm_(rows.T, rows)
-        stats.count += len(rows)
-        return
-    stats.rows.append(rows[:: max(1, -(-len(rows) // share))].clone())
-
-
 @contextmanager
-def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """The input of each module during one forward, by name."""
-    inputs: dict[str, torch.Tensor] = {}
+def _watched(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """What each module is given during one forward: (name, input) in order, held so that no two inputs have one identity."""
+    inputs: list[tuple[str, torch.Tensor]] = []
 
     def watch(name: str) -> Callable:
-        return lambda _module, args: inputs.__setitem__(name, args[0])
+        return lambda _module, args: inputs.append((name, args[0]))
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
     try:
@@ -131,10 +126,14 @@ def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tenso
             handle.remove()
 
 
-def _to_cpu(value: Any) -> Any:
-    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with `change` applied to every tensor in it, however deep in dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return type(value)(_mapped(item, change) for item in value) if type(value) in (list, tuple) else value
 
 
-def _to_device(call: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in call.items()}
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

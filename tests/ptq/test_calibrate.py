@@ -52,10 +52,26 @@ def test_moments_are_those_of_the_inputs(tiny_pipeline, calls):
     assert found.rows[0].shape[1] == rows.shape[1] and sum(map(len, found.rows)) <= 512
 
 
-def test_layers_with_one_input_share_its_moments(tiny_pipeline, calls):
+def test_layers_with_one_input_have_equal_moments(tiny_pipeline, calls):
     names = [f"transformer_blocks.0.attn1.to_{part}" for part in "qkv"]
     found = observe(tiny_pipeline.transformer, names, calls)
-    assert found[names[0]] is found[names[1]] is found[names[2]]
+    assert torch.equal(found[names[0]].moments, found[names[2]].moments) and found[names[0]].count == found[names[1]].count
+
+
+def test_a_module_called_twice_in_a_forward_is_observed_twice():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x, extra):
+            return self.linear(self.linear(x["deep"][0])) + self.other(x["deep"][0]) + extra
+
+    x = torch.randn(5, 4)
+    model = Twice()
+    found = observe(model, ["linear", "other"], Calls([{"x": {"deep": [x]}, "extra": 1.0}], []))
+    assert found["linear"].count == 10 and found["other"].count == 5
+    assert torch.allclose(found["other"].moments, x.T @ x, atol=1e-5)
 
 
 def test_inputs_that_are_not_finite_name_the_layer(tiny_pipeline, calls):
