@@ -1,26 +1,27 @@
 """Calibration: what a denoiser sees while it samples, and from that the second moments of every linear's input.
 
 `record` samples real trajectories with the pipeline itself, guidance and null labels included, and keeps some of the denoiser's calls: every
-micro-batch another set of steps, so that together they cover all timesteps evenly. `observe` runs those calls again and gathers, for the layers it
+micro-batch another set of steps, so that together they cover the timesteps evenly. `observe` runs those calls again and gathers, for the layers it
 is asked for, what GPTQ needs. Asking for a few layers at a time bounds memory; those quantized before are then seen with their errors.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from dite.errors import QuantizationError
+from dite.errors import QuantizationError, UsageError
 from dite.recipe import Calibration
 from dite.sampling import SampleSettings, sample, sample_seed
 
 Progress = Callable[[str, int, int], None]
+HOLD_OUT = 4  # one call in so many is held out
+SEED_OFFSET = 1_000_003  # far from the seeds that evaluations use: nothing may be measured on the pictures it was calibrated on
 KEPT_ROWS = 512  # rows of a layer's held-out inputs that are kept as they are
 
 
@@ -44,36 +45,54 @@ class LayerInputs:
 def record(
     pipe: Any, models: Mapping[str, nn.Module], conditions: Sequence[Any], settings: Calibration, progress: Progress | None = None
 ) -> dict[str, Calls]:
-    """Sample one trajectory for each of `conditions`, keeping about `settings.num_calls` calls of each of `models`; every fourth is held out."""
+    """Sample one trajectory for each of `conditions`, keeping the calls of each of `models` at about `settings.num_calls` steps.
+
+    The step kept moves on by one from one micro-batch to the next, and every fourth call kept is held out. Raises UsageError when so few are kept
+    that none is.
+    """
     how = SampleSettings(settings.num_steps, settings.guidance)
-    stride = max(1, -(-len(conditions) // how.micro_batch) * settings.num_steps // settings.num_calls)
+    stride = -(-(-(-len(conditions) // how.micro_batch) * settings.num_steps) // settings.num_calls)
     recorders = {name: _Recorder(model, settings.num_steps, stride) for name, model in models.items()}
     handles = [recorder.model.register_forward_pre_hook(recorder.keep, with_kwargs=True) for recorder in recorders.values()]
-    seeds = [sample_seed(settings.seed, index) for index in range(len(conditions))]
-    tick = (lambda done, total: progress("calibration", done, total)) if progress else None
+    seeds = [sample_seed(SEED_OFFSET + settings.seed, index) for index in range(len(conditions))]
+
+    def tick(done: int, total: int) -> None:
+        for recorder in recorders.values():
+            recorder.steps_done = done
+        if progress:
+            progress("calibration", done, total)
+
     try:
         for _ in sample(pipe, conditions, seeds, how, progress=tick):
             pass
     finally:
         for handle in handles:
             handle.remove()
-    kept = {name: recorder.kept for name, recorder in recorders.items()}
-    return {name: Calls([call for index, call in enumerate(calls) if index % 4 != 3], calls[3::4]) for name, calls in kept.items()}
+    for recorder in recorders.values():
+        if 0 < len(recorder.kept) < HOLD_OUT:
+            raise UsageError(
+                "calibration is too short",
+                f"it keeps {len(recorder.kept)} of the denoiser's calls, and one in {HOLD_OUT} is held out to judge by",
+                "raise calibration.num_samples, num_steps or num_calls",
+            )
+    kept, last = {name: recorder.kept for name, recorder in recorders.items()}, HOLD_OUT - 1
+    return {
+        name: Calls([call for index, call in enumerate(calls) if index % HOLD_OUT != last], calls[last::HOLD_OUT]) for name, calls in kept.items()
+    }
 
 
 class _Recorder:
-    """Keeps one call in `stride`, shifted from one micro-batch to the next, so that all of them together meet every timestep."""
+    """Keeps what a denoiser is called with at some steps; `steps_done` counts the sampler's steps over all micro-batches."""
 
     def __init__(self, model: nn.Module, num_steps: int, stride: int):
         self.model, self.num_steps, self.stride = model, num_steps, stride
         self.signature = inspect.signature(type(model).forward)
-        self.seen = 0
+        self.steps_done = 0
         self.kept: list[dict[str, Any]] = []
 
     def keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        batch, step = divmod(self.seen, self.num_steps)
-        self.seen += 1
-        if (step + batch * (self.stride // 2 + 1)) % self.stride == 0:
+        batch, step = divmod(self.steps_done, self.num_steps)
+        if (step + batch) % self.stride == 0:
             given = dict(self.signature.bind(module, *args, **kwargs).arguments)
             del given[next(iter(self.signature.parameters))]
             given |= given.pop("kwargs", {})
@@ -86,44 +105,48 @@ def observe(model: nn.Module, names: Iterable[str], calls: Calls) -> dict[str, L
 
     Raises QuantizationError, which names the layer, for inputs that are NaN or inf.
     """
-    modules = {name: model.get_submodule(name) for name in names}
-    found: dict[str, LayerInputs] = {}
-    for held_out, some in ((False, calls.calibration), (True, calls.held_out)):
-        share = max(1, KEPT_ROWS // max(1, len(some)))
-        for call in some:
-            with _watched(modules) as inputs:
-                model(**_mapped(call, lambda tensor: tensor.to(_device(model))))
-            summaries: dict[int, torch.Tensor] = {}  # by identity: queries, keys and values are made from one tensor
-            for name, x in inputs:
-                rows = x.reshape(-1, x.shape[-1]).float()
-                if id(x) not in summaries:
-                    if not torch.isfinite(rows.sum()):
-                        why = "calibration runs the model on its own trajectories"
-                        raise QuantizationError(f"layer {name} was given NaN or inf", why, "try it in float32 first")
-                    summaries[id(x)] = rows[:: max(1, -(-len(rows) // share))].clone() if held_out else rows.T @ rows
-                stats = found.setdefault(name, LayerInputs(torch.zeros(x.shape[-1], x.shape[-1], device=x.device)))
-                if held_out:
-                    stats.rows.append(summaries[id(x)])
-                else:
-                    stats.moments += summaries[id(x)]
-                    stats.count += len(rows)
-    return found
-
-
-@contextmanager
-def _watched(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """What each module is given during one forward: (name, input) in order, held so that no two inputs have one identity."""
-    inputs: list[tuple[str, torch.Tensor]] = []
-
-    def watch(name: str) -> Callable:
-        return lambda _module, args: inputs.append((name, args[0]))
-
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    observer = _Observer(rows_a_call=max(1, KEPT_ROWS // max(1, len(calls.held_out))))
+    handles = [model.get_submodule(name).register_forward_pre_hook(observer.hook(name)) for name in names]
     try:
-        yield inputs
+        for observer.held_out, some in ((False, calls.calibration), (True, calls.held_out)):
+            for observer.call, call in enumerate(some):
+                model(**_mapped(call, lambda tensor: tensor.to(_device(model))))
     finally:
         for handle in handles:
             handle.remove()
+    return observer.found
+
+
+class _Observer:
+    """Sums up inputs as they come: whatever a model does to them afterwards, and however many layers are watched, nothing else is held."""
+
+    def __init__(self, rows_a_call: int):
+        self.rows_a_call = rows_a_call
+        self.found: dict[str, LayerInputs] = {}
+        self.held_out, self.call = False, 0
+        self.last: tuple[torch.Tensor, int, torch.Tensor] | None = None  # queries, keys and values are made from one input
+
+    def hook(self, name: str) -> Callable:
+        return lambda _module, args: self.add(name, args[0])
+
+    def add(self, name: str, x: torch.Tensor) -> None:
+        stats = self.found.setdefault(name, LayerInputs(torch.zeros(x.shape[-1], x.shape[-1], device=x.device)))
+        if self.last is None or self.last[0] is not x or self.last[1] != x._version:
+            self.last = (x, x._version, self.summary(name, x.reshape(-1, x.shape[-1]).float()))
+        if self.held_out:
+            stats.rows.append(self.last[2])
+        else:
+            stats.moments += self.last[2]
+            stats.count += x.numel() // x.shape[-1]
+
+    def summary(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(rows.sum()):
+            why = "calibration runs the model on its own trajectories"
+            raise QuantizationError(f"layer {name} was given NaN or inf", why, "try it in float32 first")
+        if not self.held_out:
+            return rows.T @ rows
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.call))[: self.rows_a_call]
+        return rows[chosen.to(rows.device)]
 
 
 def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

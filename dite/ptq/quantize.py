@@ -137,7 +137,16 @@ def _calls(model: Any, found: dict[str, Any], recipe: QuantRecipe, progress: Pro
     conditions = class_ids(pipe) if takes_classes(pipe) else settings.prompts
     if not conditions:
         raise UsageError(what, f"{type(pipe).__name__} draws from prompts, and the recipe has none", "add calibration.prompts to the recipe")
-    return record(pipe, found, [conditions[index % len(conditions)] for index in range(settings.num_samples)], settings, progress)
+    return record(pipe, found, spread(conditions, settings.num_samples), settings, progress)
+
+
+def spread(conditions: list, count: int) -> list:
+    """`count` of `conditions`: in turn, or evenly spaced where there are more.
+
+    >>> spread([0, 1], 3), spread(list(range(1000)), 4)
+    ([0, 1, 0], [0, 250, 500, 750])
+    """
+    return [conditions[index * len(conditions) // count if len(conditions) > count else index % len(conditions)] for index in range(count)]
 
 
 def _row(prefix: str, layer, calibrated: bool) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """Quantize one linear: try the ways that a recipe allows, keep the one whose outputs on held-out inputs are nearest to the original's."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from dite.errors import QuantizationError
 from dite.ptq.calibrate import Calls, LayerInputs, observe
 from dite.quant.apply import Progress, replace_
 from dite.quant.gptq import SingularHessian, gptq
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import LayerPlan, QuantPlan
 from dite.quant.scheme import LayerScheme, TransformScheme
+from dite_kernels import dense
 from dite_kernels.hadamard import rotate, signs
 from dite_kernels.quant_tensor import quantize_weight
 
@@ -22,11 +25,11 @@ MOMENT_BYTES = 1_500_000_000  # of second moments held at a time
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantized layer, how its codes were chosen (`nearest` or `gptq`), and its relative output error on held-out inputs."""
+    """A quantized layer, how its codes were chosen (`nearest` or `gptq`), and its relative output error on held-out inputs; None: not measured."""
 
     layer: QuantLinear
     rounding: str
-    error: float
+    error: float | None
 
 
 @torch.no_grad()
@@ -42,22 +45,22 @@ def round_layer(linear: nn.Linear, scheme: LayerScheme, kind: str, inputs: Layer
             layer = _rounded(linear, scheme.model_copy(update={"transform": basis}), inputs.moments, method)
         except SingularHessian:
             continue
-        found = Rounded(layer, method, output_error(linear, layer, rows))
-        if best is None or found.error < best.error:
+        found = Rounded(layer, method, None if rows is None else output_error(linear, layer, rows))
+        if best is None or _finite(found.error) < _finite(best.error):
             best = found
-    if best is None:
-        best = Rounded(_rounded(linear, scheme, inputs.moments, "nearest"), "nearest", 0.0)
-    return best
+    return best or Rounded(_rounded(linear, scheme, inputs.moments, "nearest"), "nearest", None)
 
 
-def output_error(linear: nn.Linear, layer: QuantLinear, rows: torch.Tensor | None) -> float:
-    """‖y − ŷ‖ / ‖y‖ over `rows` [M, K], biases left out: activations are quantized as they will be."""
-    if rows is None or not len(rows):
-        return 0.0
+def output_error(linear: nn.Linear, layer: QuantLinear, rows: torch.Tensor) -> float:
+    """‖y − ŷ‖ / ‖y‖ over `rows` [M, K], biases left out: activations are quantized as they will be, whatever backend will run the layer."""
     wanted = rows @ linear.weight.detach().float().T
-    bias = 0.0 if layer.bias is None else layer.bias.float()
+    error = dense.linear(layer.rotated(rows), layer.tensor.dequantize(layer.spec), None, layer.spec) - wanted
     norm = wanted.norm()
-    return float((layer(rows) - bias - wanted).norm() / norm) if norm > 0 else 0.0
+    return float(error.norm() / norm) if norm > 0 else float(error.norm())
+
+
+def _finite(error: float | None) -> float:
+    return error if error is not None and math.isfinite(error) else math.inf
 
 
 def _candidates(kind: str, transform: str, rounding: str) -> Iterator[tuple[TransformScheme, str]]:
@@ -75,6 +78,8 @@ def _rounded(linear: nn.Linear, scheme: LayerScheme, moments: torch.Tensor, meth
         if method == "gptq":
             moments = rotate(rotate(moments, transform.block, sign).T, transform.block, sign)
     layer.tensor = quantize_weight(weight, layer.spec) if method == "nearest" else gptq(weight, moments, layer.spec, ordered=True, shrink=True)
+    if not torch.isfinite(layer.scale).all():
+        raise QuantizationError("a layer can't be quantized", "its weights are so large that a scale overflows", "repair the checkpoint")
     if linear.bias is not None:
         layer.bias = linear.bias.detach().clone()
     return layer.train(linear.training)
@@ -95,7 +100,7 @@ def round_linears_(model: nn.Module, plan: QuantPlan, calls: Calls, transform: s
             if layer.name in inputs:
                 found = round_layer(linear, scheme, layer.kind, inputs[layer.name], transform, rounding)
             else:  # a layer that the model's forward never called
-                found = Rounded(_rounded(linear, scheme, torch.empty(0), "nearest"), "nearest", 0.0)
+                found = Rounded(_rounded(linear, scheme, torch.empty(0), "nearest"), "nearest", None)
             replace_(model, layer.name, found.layer)
             done.append(replace(layer, scheme=found.layer.scheme, rounding=found.rounding, error=found.error))
             if progress:

@@ -49,7 +49,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, spec: LinearSpec, *, order
     width = affine.group_width(spec.in_features, spec.group_size)
     order = hessian.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(spec.in_features, device=work.device)
     factor = inverse_factor(hessian[order][:, order])
-    moments = hessian.diagonal().float() if shrink else None
+    moments = _importance(hessian.diagonal()) if shrink else None
     grids = [_grid(work, spec, moments)] if ordered else []
     work = work[:, order]
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
@@ -92,6 +92,12 @@ def output_error(weight: torch.Tensor, approximate: torch.Tensor, hessian: torch
     squared = (difference @ hessian * difference).sum()
     norm = (weight.float() @ hessian * weight.float()).sum()
     return float((squared / norm).clamp(min=0).sqrt()) if norm > 0 else 0.0
+
+
+def _importance(diagonal: torch.Tensor) -> torch.Tensor:
+    """How much each column's error weighs, fp32 [K]: its moment, damped as in the factor; columns never excited weigh as much as the mean."""
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(diagonal <= 0, mean, diagonal + DAMPINGS[0] * mean).float()
 
 
 def _blocks(columns: int, width: int) -> list[tuple[int, int]]:

@@ -87,11 +87,14 @@ class QuantLinear(nn.Linear):
         sign = self._signs(weight)
         return (weight if sign is None else weight * sign).to(dtype)
 
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] in the basis that the codes are in, in x's dtype."""
+        transform = self.scheme.transform
+        return rotate(x, transform.block, self._signs(x)) if transform.rotates else x
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         backend, prepared = self._prepare(x)
-        rows = x.reshape(-1, self.in_features)
-        if self.scheme.transform.rotates:
-            rows = rotate(rows, self.scheme.transform.block, self._signs(rows))
+        rows = self.rotated(x.reshape(-1, self.in_features))
         y = backend.linear(rows, prepared, self.bias, self.spec)
         return y.reshape(*x.shape[:-1], self.out_features)
 

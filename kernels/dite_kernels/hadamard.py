@@ -31,13 +31,13 @@ def blocks(columns: int, block: int) -> list[tuple[int, int]]:
 
 def matrix(width: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
     """The orthogonal symmetric Sylvester matrix [width, width]."""
-    return _matrix(width).to(device, dtype)
+    return _on(width, dtype, torch.device(device))
 
 
 def signs(columns: int, seed: int) -> torch.Tensor:
     """±1 fp32 [columns], the same on every machine and version: bits of SHAKE-256 of the seed."""
     bits = torch.frombuffer(bytearray(hashlib.shake_256(f"dite signs {seed}".encode()).digest(-(-columns // 8))), dtype=torch.uint8)
-    bits = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     return 1.0 - 2.0 * bits.flatten()[:columns].float()
 
 
@@ -52,9 +52,16 @@ def rotate(x: torch.Tensor, block: int, sign: torch.Tensor | None = None) -> tor
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+@lru_cache(maxsize=64)
+def _on(width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return _matrix(width).to(device, dtype)
+
+
 @lru_cache(maxsize=16)
 def _matrix(width: int) -> torch.Tensor:
-    rows = torch.ones(1, 1)
-    while len(rows) < width:
-        rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])
-    return rows / width**0.5
+    with torch.inference_mode(False), torch.device("cpu"):  # cached for everyone, whatever mode the first caller is in
+        rows = torch.ones(1, 1, dtype=torch.float64)
+        while len(rows) < width:
+            rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])
+        return rows / width**0.5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dite.errors import QuantizationError
+from dite.errors import QuantizationError, UsageError
 from dite.ptq.calibrate import Calls, observe, record
 from dite.recipe import Calibration
 
@@ -22,6 +22,27 @@ def timesteps(calls):
 def test_calls_are_spread_over_the_trajectories_steps(calls):
     assert len(calls.held_out) == len(timesteps(calls)) // 4 > 0
     assert len(set(timesteps(calls))) == 6  # every step of the sampler, over the micro-batches
+
+
+@pytest.mark.parametrize("num_calls", [4, 6, 8])
+def test_whatever_the_stride_neighbouring_micro_batches_meet_other_steps(tiny_pipeline, num_calls):
+    settings = Calibration(num_samples=32, num_steps=6, num_calls=num_calls, guidance=1.0)
+    calls = record(tiny_pipeline, {"": tiny_pipeline.transformer}, [0] * 32, settings)[""]
+    assert num_calls - 4 <= len(timesteps(calls)) <= num_calls + 4 and len(set(timesteps(calls))) >= min(num_calls, 6) - 1
+
+
+def test_calibration_shares_no_noise_with_an_evaluation(calls):
+    from dite.ptq.calibrate import SEED_OFFSET
+    from dite.sampling import sample_seed
+
+    evaluated = {sample_seed(seed, index) for seed in range(8) for index in range(10_000)}
+    assert not evaluated & {sample_seed(SEED_OFFSET + seed, index) for seed in range(8) for index in range(4096)}
+
+
+def test_a_calibration_that_holds_nothing_out_is_refused(tiny_pipeline):
+    settings = Calibration(num_samples=8, num_steps=3, num_calls=8)
+    with pytest.raises(UsageError, match="too short"):
+        record(tiny_pipeline, {"": tiny_pipeline.transformer}, [0] * 8, settings)
 
 
 def test_calls_hold_conditional_and_null_labels(calls):

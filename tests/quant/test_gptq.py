@@ -54,9 +54,9 @@ def test_any_shape_and_any_number_of_tokens_gives_a_sound_tensor(rows, columns, 
 def test_a_column_that_calibration_never_excited_is_still_rounded_to_its_weight():
     weight, hessian = problem()
     hessian[5], hessian[:, 5] = 0, 0
-    for ordered in (False, True):
+    for options in ({}, {"ordered": True}, {"ordered": True, "shrink": True}):
         spec = LinearSpec(80, 24, 8, 16)
-        found = gptq(weight, hessian, spec, ordered=ordered)
+        found = gptq(weight, hessian, spec, **options)
         assert (found.dequantize(spec)[:, 5] - weight[:, 5]).abs().max() <= found.scale[:, 0].float().max() / 2 + 1e-6
 
 
