@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from dite.errors import QuantizationError
 from dite.ptq.calibrate import Calls, LayerInputs, observe
 from dite.quant.apply import Progress, replace_
 from dite.quant.gptq import SingularHessian, gptq
@@ -16,7 +15,7 @@ from dite.quant.plan import LayerPlan, QuantPlan
 from dite.quant.scheme import LayerScheme, TransformScheme
 from dite_kernels import dense
 from dite_kernels.hadamard import rotate, signs
-from dite_kernels.quant_tensor import quantize_weight
+from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
 
 HADAMARD = TransformScheme(kind="hadamard", block=128, sign_seed=0)
 NONE = TransformScheme()
@@ -33,7 +32,9 @@ class Rounded:
 
 
 @torch.no_grad()
-def round_layer(linear: nn.Linear, scheme: LayerScheme, kind: str, inputs: LayerInputs, transform: str, rounding: str) -> Rounded:
+def round_layer(
+    linear: nn.Linear, scheme: LayerScheme, kind: str, inputs: LayerInputs, transform: str, rounding: str, name: str = "layer"
+) -> Rounded:
     """The best of what `transform` (none, hadamard, auto) and `rounding` (nearest, gptq, auto) allow.
 
     Only token linears are rotated: conditioning linears keep their activations in floats, and gain nothing from it.
@@ -42,13 +43,13 @@ def round_layer(linear: nn.Linear, scheme: LayerScheme, kind: str, inputs: Layer
     best: Rounded | None = None
     for basis, method in _candidates(kind, transform, rounding):
         try:
-            layer = _rounded(linear, scheme.model_copy(update={"transform": basis}), inputs.moments, method)
+            layer = _rounded(linear, scheme.model_copy(update={"transform": basis}), inputs.moments, method, name)
         except SingularHessian:
             continue
         found = Rounded(layer, method, None if rows is None else output_error(linear, layer, rows))
         if best is None or _finite(found.error) < _finite(best.error):
             best = found
-    return best or Rounded(_rounded(linear, scheme, inputs.moments, "nearest"), "nearest", None)
+    return best or Rounded(_rounded(linear, scheme, inputs.moments, "nearest", name), "nearest", None)
 
 
 def output_error(linear: nn.Linear, layer: QuantLinear, rows: torch.Tensor) -> float:
@@ -69,20 +70,19 @@ def _candidates(kind: str, transform: str, rounding: str) -> Iterator[tuple[Tran
     return ((basis, method) for basis in bases for method in methods)
 
 
-def _rounded(linear: nn.Linear, scheme: LayerScheme, moments: torch.Tensor, method: str) -> QuantLinear:
-    weight, transform = linear.weight.detach().float(), scheme.transform
-    layer = QuantLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=weight.device, dtype=linear.weight.dtype)
-    if transform.rotates:
-        sign = None if transform.sign_seed is None else signs(linear.in_features, transform.sign_seed)
-        weight = rotate(weight, transform.block, sign)
-        if method == "gptq":
-            moments = rotate(rotate(moments, transform.block, sign).T, transform.block, sign)
-    layer.tensor = quantize_weight(weight, layer.spec) if method == "nearest" else gptq(weight, moments, layer.spec, ordered=True, shrink=True)
-    if not torch.isfinite(layer.scale).all():
-        raise QuantizationError("a layer can't be quantized", "its weights are so large that a scale overflows", "repair the checkpoint")
-    if linear.bias is not None:
-        layer.bias = linear.bias.detach().clone()
-    return layer.train(linear.training)
+def _rounded(linear: nn.Linear, scheme: LayerScheme, moments: torch.Tensor, method: str, name: str) -> QuantLinear:
+    def by_gptq(weight: torch.Tensor, spec: LinearSpec) -> QuantTensor:
+        return gptq(weight, _rotated(moments, scheme.transform), spec, ordered=True, shrink=True)
+
+    return QuantLinear.from_linear(linear, scheme, name, by_gptq if method == "gptq" else quantize_weight)
+
+
+def _rotated(moments: torch.Tensor, transform: TransformScheme) -> torch.Tensor:
+    """The moments [K, K] of rotated inputs."""
+    if not transform.rotates:
+        return moments
+    sign = None if transform.sign_seed is None else signs(len(moments), transform.sign_seed)
+    return rotate(rotate(moments, transform.block, sign).T, transform.block, sign)
 
 
 def round_linears_(model: nn.Module, plan: QuantPlan, calls: Calls, transform: str, rounding: str, progress: Progress | None = None) -> QuantPlan:
@@ -98,9 +98,9 @@ def round_linears_(model: nn.Module, plan: QuantPlan, calls: Calls, transform: s
             linear = model.get_submodule(layer.name)
             scheme = layer.scheme
             if layer.name in inputs:
-                found = round_layer(linear, scheme, layer.kind, inputs[layer.name], transform, rounding)
+                found = round_layer(linear, scheme, layer.kind, inputs[layer.name], transform, rounding, layer.name)
             else:  # a layer that the model's forward never called
-                found = Rounded(_rounded(linear, scheme, torch.empty(0), "nearest"), "nearest", None)
+                found = Rounded(QuantLinear.from_linear(linear, scheme, layer.name), "nearest", None)
             replace_(model, layer.name, found.layer)
             done.append(replace(layer, scheme=found.layer.scheme, rounding=found.rounding, error=found.error))
             if progress:

@@ -5,6 +5,8 @@ Everything it holds is a buffer: some diffusers models read `next(module.paramet
 and leaves the scales as they were stored: a scale cast to bf16 is off by up to 0.4%.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -14,6 +16,8 @@ from dite_kernels import backends
 from dite_kernels.hadamard import rotate, signs
 from dite_kernels.packing import packed_columns
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
+
+Quantize = Callable[[torch.Tensor, LinearSpec], QuantTensor]
 
 
 class QuantLinear(nn.Linear):
@@ -43,11 +47,14 @@ class QuantLinear(nn.Linear):
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: LayerScheme, name: str = "layer") -> "QuantLinear":
-        """Round a linear's weight to nearest. Raises QuantizationError that names the layer if it holds NaN or inf."""
+    def from_linear(cls, linear: nn.Linear, scheme: LayerScheme, name: str = "layer", quantize: Quantize = quantize_weight) -> "QuantLinear":
+        """Quantize a linear's weight, rotated as the scheme says, by `quantize(weight, spec)`: rounding to nearest unless given.
+
+        Raises QuantizationError that names the layer if the weight holds NaN or inf.
+        """
         weight = linear.weight.detach()
         layer = cls(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=weight.device, dtype=weight.dtype)
-        layer.tensor = quantize_weight(weight, layer.spec)
+        layer.tensor = quantize(layer.rotated(weight.float()) if scheme.transform.rotates else weight, layer.spec)
         if not torch.isfinite(layer.scale).all():
             cls.check_weight(linear, name)
             raise QuantizationError(f"layer {name} can't be quantized", "its weights are so large that a scale overflows", "repair the checkpoint")
