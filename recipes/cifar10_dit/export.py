@@ -30,11 +30,11 @@ SHARD = "15MB"
 NOTES = "notes.txt"  # what happened to a run that its settings don't say; goes into the model card
 
 
-def export(train: Split, test: Split, run: Run, preset: str, vae) -> Path:
-    """Write `run.folder/cifar10-dit`; `vae` is the trained autoencoder with standardised latents."""
-    folder = run.folder / NAME
+def export(train: Split, test: Split, run: Run, preset: str, vae, transformer) -> Path:
+    """Write `run.folder/run.name`; `vae` is the trained autoencoder with standardised latents, `transformer` an untrained one of the run's shape."""
+    folder = run.folder / run.name
     shutil.rmtree(folder, ignore_errors=True)
-    pipe = build_pipeline(run, train.names, vae)
+    pipe = build_pipeline(run, train.names, vae, transformer)
     metrics = {"preset": preset, "hours": {stage: round(hours_spent(run, stage), 2) for stage in ("vae", "classifier", "dit")}}
     metrics |= json.loads((run.folder / "settings.json").read_text())
     notes = run.folder / NOTES
@@ -69,9 +69,8 @@ def write_card(folder: Path) -> Path:
     return path
 
 
-def build_pipeline(run: Run, names: list[str], vae) -> DiTPipeline:
-    """The averaged weights as a pipeline; label rows that no class uses are zeroed."""
-    model = dit.build()
+def build_pipeline(run: Run, names: list[str], vae, model) -> DiTPipeline:
+    """The averaged weights, put into `model`, as a pipeline; label rows that no class uses are zeroed."""
     load_average(run.folder / "dit" / "checkpoint.safetensors", model)
     with torch.no_grad():
         for block in model.transformer_blocks:

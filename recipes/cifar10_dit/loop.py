@@ -47,6 +47,7 @@ class Run(BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     folder: Path
+    name: str = "cifar10-dit"
     device: torch.device
     seed: int
     compile: bool = False

@@ -35,11 +35,21 @@ STAGES = ("vae", "classifier", "dit", "export")
 CARD = "card"
 
 
+class Shape(BaseModel):
+    """The diffusion model's; the defaults are the built-in model's. Patch 1 makes 64 tokens of a latent, patch 2 makes 16."""
+
+    model_config = ConfigDict(extra="forbid")
+    patch_size: int = 2
+    num_layers: int = 10
+    num_heads: int = 4
+
+
 class Settings(BaseModel):
-    """A preset: one block a stage."""
+    """A preset: the model's shape, and one block a stage."""
 
     model_config = ConfigDict(extra="forbid")
     seed: int
+    model: Shape
     vae: StageSettings
     classifier: StageSettings
     dit: StageSettings
@@ -53,7 +63,7 @@ def main() -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
         device = device if device.type == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    run = Run(folder=arguments.out, device=device, seed=settings.seed, compile=arguments.compile)
+    run = Run(folder=arguments.out, name=arguments.name, device=device, seed=settings.seed, compile=arguments.compile)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "settings.json").write_text(json.dumps(settings.model_dump(), indent=1))
     train = _limit(load_split(arguments.data, "train"), arguments.limit)
@@ -67,10 +77,10 @@ def main() -> None:
         elif dist.is_initialized() and dist.get_rank() > 0:
             continue
         elif stage == CARD:
-            print(export.write_card(run.folder / export.NAME))
+            print(export.write_card(run.folder / run.name))
         else:
             test = _limit(load_split(arguments.data, "test"), arguments.limit)
-            print(export.export(train, test, run, arguments.preset, load_vae(run, train)))
+            print(export.export(train, test, run, arguments.preset, load_vae(run, train), dit.build(**settings.model.model_dump())))
 
 
 def train_vae(train: Split, settings: Settings, run: Run) -> None:
@@ -95,7 +105,7 @@ def train_dit(train: Split, settings: Settings, run: Run) -> None:
     """Stage 3, on latents encoded once, with their mirror images. Leaves `dit/checkpoint.safetensors`."""
     latents = load_latents(train, run)
     torch.manual_seed(settings.seed)
-    model = dit.build().to(run.device)
+    model = dit.build(**settings.model.model_dump()).to(run.device)
     loss = dit.make_loss(model, latents, train.labels, run.device, run.compile)
     autoencoder = load_vae(run, train)
 
@@ -150,6 +160,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train-*.parquet and test-*.parquet")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the exported model")
+    parser.add_argument("--name", default=export.NAME, help="name of the exported model")
     parser.add_argument("--preset", default="cpu", choices=("cpu", "gpu", "smoke"))
     parser.add_argument("--stages", default=",".join(STAGES), type=lambda text: text.split(","), help="comma-separated, in order")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
