@@ -1,4 +1,4 @@
-"""Three plots as inline SVG: no script, no font, no colour of its own (the page's CSS variables decide, in light and dark)."""
+"""Plots as inline SVG: no script, no font, no colour of its own (the page's CSS variables decide, in light and dark)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import math
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
+from typing import NamedTuple
 
 WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 44
+LOG_FROM = 5  # a range of positive values wider than this factor is drawn on a logarithmic axis
+LOG_MARGIN = 1.25
+LABEL_PX = (8.6, 14)  # a character's width and a line's height, for text that must not collide even where a phone enlarges it
 
 
 class _Axes:
@@ -42,6 +46,26 @@ class _Axes:
         middle = (TOP + HEIGHT - BOTTOM) / 2
         parts.append(f'<text class="label" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(self.y_label)}</text></svg>')
         return "".join(parts)
+
+
+class _LogAxes(_Axes):
+    """The same, logarithmic upwards; for positive values only."""
+
+    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float], x_label: str, y_label: str):
+        super().__init__(x_range, y_range, x_label, y_label)
+        self.y_ticks, self.y_range = log_ticks(*y_range), y_range
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return HEIGHT - BOTTOM - math.log(value / low) / math.log(high / low) * (HEIGHT - TOP - BOTTOM)
+
+
+class Point(NamedTuple):
+    """One mark, and what it is called."""
+
+    x: float
+    y: float
+    name: str
 
 
 def per_step(errors: Sequence[float]) -> str:
@@ -90,6 +114,85 @@ def against_size(curve: Sequence[tuple[int, float]], limit: float) -> str:
     marks += "".join(_dot(axes, x, y, f"N {size}: {y:.4g}", 4) for (x, y), (size, _) in zip(points, curve, strict=True))
     marks += f'<circle class="limit" cx="{axes.x(0):.1f}" cy="{axes.y(limit):.1f}" r="5"><title>N to infinity: {limit:.4g}</title></circle>'
     return axes.wrap(marks, f"FID against 1/N; its limit is {limit:.4g}")
+
+
+def size_against_error(chosen: Point | None, frontier: Sequence[Point], evaluated: Sequence[Point], uniform: Sequence[Point], x_label: str) -> str:
+    """Errors of plans against their sizes: the predicted frontier, plans that were measured, uniform plans by name, the chosen one on top.
+
+    All values finite; sizes above zero. At least one point is needed. Errors that differ by more than LOG_FROM get a logarithmic axis.
+    """
+    everything = [*frontier, *evaluated, *uniform, *([chosen] if chosen else [])]
+    low, high = min(point.y for point in everything), max(point.y for point in everything)
+    left, right = min(point.x for point in everything), max(point.x for point in everything)
+    margin = (right - left) * 0.04 or abs(right) * 0.1 or 1.0
+    logarithmic = low > 1e-12 and high < 1e12 and high / low > LOG_FROM
+    y_range = (low / LOG_MARGIN, high * LOG_MARGIN) if logarithmic else (min(0, low), high * 1.05 or 1.0)
+    axes = (_LogAxes if logarithmic else _Axes)((left - margin, right + margin), y_range, x_label, "relative error")
+    line = [(axes.x(point.x), axes.y(point.y)) for point in sorted(frontier)]
+    marks = f'<polyline class="line" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in line)}"/>' if len(line) > 1 else ""
+    marks += "".join(f'<circle class="tried" {_at(axes, point)} r="2.6"><title>{escape(point.name)}</title></circle>' for point in evaluated)
+    for point in uniform:
+        corner = f'x="{axes.x(point.x) - 4:.1f}" y="{axes.y(point.y) - 4:.1f}"'
+        marks += f'<rect class="uniform" {corner} width="8" height="8"><title>{escape(point.name)}: {point.y:.4g}</title></rect>'
+    if chosen:
+        marks += f'<circle class="chosen" {_at(axes, chosen)} r="6"><title>{escape(chosen.name)}: {chosen.y:.4g}</title></circle>'
+    named = [(axes.x(point.x), axes.y(point.y), point.name, "") for point in sorted(uniform)]
+    named[:0] = [(axes.x(chosen.x), axes.y(chosen.y), chosen.name, "this")] if chosen else []
+    soft = [*_along(line), *((axes.x(point.x), axes.y(point.y)) for point in evaluated)]
+    return axes.wrap(marks + _labels(named, soft), f"relative error against size of {len(everything)} plans")
+
+
+def _at(axes: _Axes, point: Point) -> str:
+    return f'cx="{axes.x(point.x):.1f}" cy="{axes.y(point.y):.1f}"'
+
+
+def _along(line: Sequence[tuple[float, float]], every_px: float = 6) -> list[tuple[float, float]]:
+    """Places on a line, close enough together that no text slips between them."""
+    places = []
+    for (x0, y0), (x1, y1) in pairwise(line):
+        steps = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / every_px))
+        places += [(x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps) for step in range(steps)]
+    return places
+
+
+def _labels(named: Sequence[tuple[float, float, str, str]], soft: Sequence[tuple[float, float]]) -> str:
+    """Text beside each mark where it covers no other mark or text and the fewest `soft` places; left out where there is no such place."""
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _, _ in named]
+    found = ""
+    for own, (x, y, name, kind) in enumerate(named):
+        width, height = LABEL_PX[0] * len(name), LABEL_PX[1]
+        corners = [(x + side, y + up) for side in (9, -width / 2, -9 - width) for up in (-height / 2, -height - 7, 7)]
+        corners.remove((x - width / 2, y - height / 2))
+        best = None
+        for left, top in corners:
+            box = (left, top, left + width, top + height)
+            inside = left >= LEFT + 2 and box[2] <= WIDTH and top >= 2 and box[3] <= HEIGHT - BOTTOM - 2
+            if not inside or any(_overlap(box, other) for which, other in enumerate(taken) if which != own):
+                continue
+            cost = sum(left - 2 <= a <= box[2] + 2 and top - 2 <= b <= box[3] + 2 for a, b in soft)
+            if best is None or cost < best[0]:
+                best = (cost, box)
+        if best:
+            box = best[1]
+            taken.append(box)
+            at, anchor = (box[0], "start") if box[0] > x else (box[2], "end") if box[2] < x else (x, "middle")
+            found += f'<text class="beside {kind}" x="{at:.1f}" y="{box[3] - 3:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
+    return found
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from `low` to `high`, both above zero; over many decades, powers alone.
+
+    >>> log_ticks(0.01, 0.09), log_ticks(1e-4, 3)
+    ([0.01, 0.02, 0.05], [0.0001, 0.001, 0.01, 0.1, 1.0])
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [float(f"{factor}e{power}") for power in powers for factor in ((1, 2, 5) if len(powers) <= 4 else (1,))]
+    return [value for value in every if low <= value <= high]
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

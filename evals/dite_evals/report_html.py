@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from html import escape
-from importlib import resources
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from dite.pictures import difference, grid, to_png
 from dite_evals import plots
+from dite_evals.page import figure, page, tiles
 from dite_evals.report import Report, headline, plain
 
 SHOWN = 24
@@ -23,14 +23,11 @@ GAIN = 8
 def render(report: Report, document: dict[str, Any]) -> str:
     """The whole page as text."""
     body = _fidelity(report) if report.kind == "fidelity" else _fid(report)
-    style = resources.files("dite_evals").joinpath("report.css").read_text(encoding="utf-8")
     command = f"<h2>Again</h2><pre>{escape(document['command'])}</pre>" if document["command"] else ""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.title)}</title><style>{style}</style></head><body><main>"
-        f'<h1>{escape(report.title)}</h1><p class="soft">{_summary(report)}</p>{_tiles(report)}{body}'
-        f"<h2>Configuration</h2>{_table(document['configuration'])}<h2>Environment</h2>{_table(document['environment'])}{command}"
-        "</main></body></html>\n"
+    return page(
+        report.title,
+        f'<h1>{escape(report.title)}</h1><p class="soft">{_summary(report)}</p>{tiles(headline(report.metrics))}{body}'
+        f"<h2>Configuration</h2>{_table(document['configuration'])}<h2>Environment</h2>{_table(document['environment'])}{command}",
     )
 
 
@@ -41,18 +38,10 @@ def _summary(report: Report) -> str:
     return f"{n} images against reference statistics; lower is closer. Compare it only with FIDs of the same protocol, N and extractor."
 
 
-def _tiles(report: Report) -> str:
-    tiles = "".join(
-        f'<div class="tile{" long" if len(value) > 14 else ""}"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
-        for name, value in headline(report.metrics)
-    )
-    return f'<div class="tiles">{tiles}</div>'
-
-
 def _fidelity(report: Report) -> str:
     values = [row["psnr"] for row in report.samples]
-    figures = _figure(plots.per_step(report.metrics["per_step_error"]), "Error of the latents after each step, mean over samples")
-    figures += _figure(plots.histogram(values, report.metrics["psnr"]["mean"], "PSNR, dB"), "PSNR of single images; dashed: the mean")
+    figures = figure(plots.per_step(report.metrics["per_step_error"]), "Error of the latents after each step, mean over samples")
+    figures += figure(plots.histogram(values, report.metrics["psnr"]["mean"], "PSNR, dB"), "PSNR of single images; dashed: the mean")
     return f'<h2>How the error grows, and how it spreads</h2><div class="plots">{figures}</div>{_worst(report)}'
 
 
@@ -81,11 +70,11 @@ def _card(report: Report, index: int) -> str:
 
 def _fid(report: Report) -> str:
     caption = "Mean FID of 1 to 5 disjoint blocks against 1/N, and where the fitted line meets N → ∞"
-    figures = _figure(plots.against_size(report.curve, report.metrics["fid_infinity"]), caption)
+    figures = figure(plots.against_size(report.curve, report.metrics["fid_infinity"]), caption)
     if report.images is not None:
         first = report.images[:SHEET]
         sheet = grid(first, min(10, len(first)), 2 if first.shape[-1] <= 64 else 1)
-        figures += _figure(image_tag(sheet, f"the first {len(first)} samples", most_px=1024), f"The first {len(first)} samples, in order")
+        figures += figure(image_tag(sheet, f"the first {len(first)} samples", most_px=1024), f"The first {len(first)} samples, in order")
     return f'<h2>FID against N, and what was measured</h2><div class="plots">{figures}</div>'
 
 
@@ -98,10 +87,6 @@ def image_tag(image: torch.Tensor, alt: str, most_px: int = THUMBNAIL_PX) -> str
     data = base64.b64encode(to_png(image)).decode()
     pixels = ' class="pixels"' if largest < THUMBNAIL_PX else ""
     return f'<img{pixels} width="{image.shape[-1]}" height="{image.shape[-2]}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
-
-
-def _figure(inner: str, caption: str) -> str:
-    return f'<figure class="plot">{inner}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _table(values: dict[str, Any]) -> str:
