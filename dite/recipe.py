@@ -52,9 +52,45 @@ class LayerOverride(Strict):
 
 
 class Search(Strict):
-    """How per-layer choices are made."""
+    """How bits, groups and transforms are shared out over the layers: `none` (as the recipe says), `dp` or `evolution`, within one budget.
 
-    strategy: Literal["none"] = "none"
+    Budgets: `budget_bytes` of the transformer's weights on disk, `budget_bits` a quantized weight on average (scales and all), `budget_time_ms` of
+    the quantized layers in one forward. `fitness` is `surrogate` (error of short trajectories) or `fid`. Token layers choose from `bits` ×
+    `group_sizes` × `transforms`, conditioning layers from the bits and groups.
+    At most `max_forwards` sample-forwards are spent. `fid_samples` images by `fid_protocol` make one FID.
+    """
+
+    strategy: Literal["none", "dp", "evolution"] = "none"
+    fitness: Literal["surrogate", "fid"] = "surrogate"
+    budget_bytes: int | None = Field(default=None, gt=0)
+    budget_bits: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    budget_time_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    bits: list[Literal[4, 6, 8]] = Field(default=[4, 6, 8], min_length=1)
+    group_sizes: list[GroupSize] = Field(default=[64, 128, None], min_length=1)
+    fid_protocol: str = "cifar10-5k"
+    fid_samples: int = Field(default=800, ge=2)
+    transforms: list[Literal["none", "hadamard", "smooth", "smooth+hadamard", "lowrank", "hadamard+lowrank"]] = Field(
+        default=["hadamard"], min_length=1
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    max_forwards: int = Field(default=50_000, ge=1)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [name for name in ("budget_bytes", "budget_bits", "budget_time_ms") if getattr(self, name) is not None]
+        if self.strategy == "none" and given:
+            raise ValueError(f"{given[0]} is for a search; set strategy to dp or evolution")
+        if self.active and not given:
+            raise ValueError(f"{self.strategy} needs a budget: budget_bytes, budget_bits or budget_time_ms")
+        if self.strategy == "dp" and self.fitness == "fid":
+            raise ValueError("dp measures single layers, whose FID is noise; use strategy evolution, or fitness surrogate")
+        if len(given) > 1:
+            raise ValueError(f"one budget at a time; {' and '.join(given)} are given")
+        return self
+
+    @property
+    def active(self) -> bool:
+        return self.strategy != "none"
 
 
 class Calibration(Strict):
@@ -72,17 +108,31 @@ class Calibration(Strict):
     prompts: list[str] = Field(default_factory=list)
 
 
+class Gptq(Strict):
+    """Ours rounds important columns first and lets ranges leave out extremes; with both false it is the original (left to right, full ranges)."""
+
+    ordered: bool = True
+    shrink: bool = True
+
+
+Transform = Literal["none", "hadamard", "smooth", "smooth+hadamard", "lowrank", "hadamard+lowrank", "smooth+lowrank", "auto"]
+
+
 class QuantRecipe(Strict):
     """A whole recipe: the contents of `recipes/quant/*.yaml`.
 
-    `transform` and `rounding` say what is tried on each layer: with `auto` the best on held-out inputs is kept.
+    `transform` and `rounding` say what is tried on each layer: with `auto` the best on held-out inputs is kept, as far as `effort` goes; `fast` does
+    not calibrate at all, and rounds to nearest where they say auto. `rank` is that of transforms with a low-rank part.
     """
 
     name: str
     description: str = ""
     defaults: Defaults
-    transform: Literal["none", "hadamard", "auto"] = "none"
+    transform: Transform = "none"
+    rank: int = Field(default=16, ge=1, le=256)
     rounding: Literal["nearest", "gptq", "auto"] = "nearest"
+    gptq: Gptq = Field(default_factory=lambda: Gptq())
+    effort: Literal["fast", "default", "high"] = "default"
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     search: Search = Field(default_factory=Search)
     layers: dict[str, LayerOverride] = Field(default_factory=dict)
@@ -90,7 +140,16 @@ class QuantRecipe(Strict):
     @property
     def calibrated(self) -> bool:
         """Whether the model must be run to carry this recipe out."""
-        return self.rounding != "nearest" or self.transform != "none"
+        return self.search.active or self.rounding != "nearest" or self.transform != "none"
+
+    @property
+    def lenient(self) -> bool:
+        """Whether rounding to nearest is within what the recipe asks for, where nothing can be calibrated."""
+        return not self.search.active and self.rounding in ("nearest", "auto") and self.transform in ("none", "auto")
+
+    def uncalibrated(self) -> QuantRecipe:
+        """The same with `auto` settled without calibration: rounding to nearest, no transform."""
+        return self.model_copy(update={"rounding": "nearest", "transform": "none", "effort": "fast"})
 
     def names(self, name: str) -> bool:
         """Whether a pattern gives layer `name` a weight scheme: then it is quantized even outside the blocks."""
@@ -133,7 +192,8 @@ def load_recipe(source: str | Path | dict | QuantRecipe, overrides: list[str] | 
         values = _read(source)
     for override in overrides or []:
         values = override_key(values, override)
-    return validate(QuantRecipe, values)
+    recipe = validate(QuantRecipe, values)
+    return recipe.uncalibrated() if recipe.effort == "fast" and recipe.lenient else recipe
 
 
 def recipe_names(kind: str = "quant") -> list[str]:

@@ -8,6 +8,7 @@ Two traps of the loader are handled here: it casts every float tensor to `torch_
 reload the file's configuration beats the caller's (so what runs the model, the backend, is chosen afterwards by `set_backend`).
 """
 
+import logging
 from enum import Enum
 from typing import Any
 
@@ -26,7 +27,9 @@ from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan, StoredPlan
 from dite.recipe import QuantRecipe, load_recipe
 
-OPTIONAL_TENSORS = ("zero_point", "bias")
+log = logging.getLogger("dite")
+OPTIONAL_TENSORS = ("zero_point", "bias", "smooth", "lowrank_down", "lowrank_up")
+CAST_TENSORS = ("bias", "lowrank_down", "lowrank_up")  # in the model's dtype; the others stay as they are stored
 KEYS = ("quant_method", "format_version", "recipe", "layers", "skipped", "calibration")
 
 
@@ -80,10 +83,10 @@ class DiteConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     @classmethod
-    def of(cls, plan: QuantPlan, recipe: QuantRecipe) -> "DiteConfig":
+    def of(cls, plan: QuantPlan, recipe: QuantRecipe, calibration: dict | None = None) -> "DiteConfig":
         """The configuration of a model that was just quantized."""
         stored = StoredPlan.of(plan).model_dump(mode="json")
-        return cls(recipe, layers=stored["layers"], skipped=stored["skipped"])
+        return cls(recipe, layers=stored["layers"], skipped=stored["skipped"], calibration=calibration)
 
     def to_dict(self) -> dict[str, Any]:
         values = {"quant_method": self.quant_method.value, "format_version": self.format_version}
@@ -101,7 +104,7 @@ class DiteQuantizer(DiffusersQuantizer):
 
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
         module, _, tensor = param_name.rpartition(".")
-        return tensor != "bias" and isinstance(_submodule(model, module), QuantLinear)
+        return tensor not in CAST_TENSORS and isinstance(_submodule(model, module), QuantLinear)
 
     def create_quantized_param(self, model, param_value, param_name, target_device, state_dict, unexpected_keys=None, **kwargs) -> None:
         module, _, tensor = param_name.rpartition(".")
@@ -139,11 +142,11 @@ class DiteQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             recipe = self.quantization_config.recipe
             if recipe.calibrated:
-                raise UsageError(
-                    f"recipe {recipe.name} can't be carried out while loading",
-                    f"it calibrates (rounding: {recipe.rounding}, transform: {recipe.transform}), for which the whole pipeline must run",
-                    "load the pipeline first, then call dite.quantize on it",
-                )
+                why = "the whole pipeline must run to calibrate"
+                if not recipe.lenient:
+                    raise UsageError(f"recipe {recipe.name} can't be carried out while loading", why, "load the pipeline, then call dite.quantize")
+                log.warning("dite: recipe %s rounds to nearest while loading (%s); dite.quantize on the loaded pipeline is better", recipe.name, why)
+                recipe = recipe.uncalibrated()
             plan = make_plan(model, recipe, allow_marked=True)
             check_weights(model, plan)
             quantize_linears_(model, plan)
@@ -160,15 +163,21 @@ class DiteQuantizer(DiffusersQuantizer):
         return False
 
 
-def mark_quantized_(model: nn.Module, plan: QuantPlan, recipe: QuantRecipe) -> None:
+def mark_quantized_(model: nn.Module, plan: QuantPlan, recipe: QuantRecipe, calibration: dict | None = None) -> None:
     """Make a model that was quantized in memory look to diffusers like one it loaded: `save_pretrained` then works."""
     if not hasattr(model, "register_to_config"):
         return
-    config = DiteConfig.of(plan, recipe)
+    config = DiteConfig.of(plan, recipe, calibration)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.hf_quantizer = DiteQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config)
+
+
+def search_plan_of(model: nn.Module) -> dict[str, Any] | None:
+    """What the search that chose a model's layers found; None for models quantized without one."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return (config.calibration or {}).get("plan") if isinstance(config, DiteConfig) else None
 
 
 def recipe_of(model: nn.Module) -> QuantRecipe | None:

@@ -10,25 +10,27 @@ import yaml
 from safetensors import SafetensorError
 
 from dite import __version__
-from dite.checkpoint.diffusers_quantizer import recipe_of
+from dite.checkpoint.diffusers_quantizer import recipe_of, search_plan_of
 from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, file_digest, read_manifest
 from dite.errors import CheckpointError, OutputExists, UnsupportedModel, UsageError
 from dite.models.access import denoisers, unwrap
 from dite.outputs import check_writable
 from dite.recipe import QuantRecipe
 
-RECIPE = "recipe.yaml"
-MODEL_SUFFIXES = {".safetensors", ".json", ".yaml", ".txt", ".model", ".md", ".png", ".gitattributes"}
+RECIPE, PLAN = "recipe.yaml", "plan.json"
+MODEL_SUFFIXES = {".safetensors", ".json", ".yaml", ".txt", ".model", ".md", ".png", ".html", ".gitattributes"}
 
 
-def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
+def save(model: Any, folder: str | Path, *, overwrite: bool = False, attachments: dict[str, str] | None = None) -> Path:
     """Write a pipeline or a bare model as a plain diffusers folder with a manifest; returns the folder.
 
     The folder appears whole or not at all, also when the process dies. `id2label`, which diffusers' own saving drops, is kept, and paths of this
-    machine are not; a quantized model's recipe lies beside the weights. Raises OutputExists unless `overwrite`.
+    machine are not; a quantized model's recipe lies beside the weights, and the plan of one that was searched. `attachments` are further text files,
+    by name. Raises OutputExists unless `overwrite`.
     """
     model = unwrap(model)
     recipe = next(filter(None, map(recipe_of, denoisers(model).values())), None)
+    plan = next(filter(None, map(search_plan_of, denoisers(model).values())), None)
     if not hasattr(model, "save_pretrained"):
         raise UnsupportedModel(f"a {type(model).__name__} is no diffusers model, so there is no folder format for it", "save its state_dict yourself")
     folder = Path(folder).absolute()
@@ -41,6 +43,10 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
         complete_configs(model, temporary)
         if recipe is not None:
             (temporary / RECIPE).write_text(recipe_yaml(recipe), encoding="utf-8")
+        if plan is not None:
+            (temporary / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        for name, text in (attachments or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         _write_manifest(temporary)
         _replace(temporary, folder)
     finally:

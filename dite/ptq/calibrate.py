@@ -35,11 +35,21 @@ class Calls:
 
 @dataclass
 class LayerInputs:
-    """What a linear was given: moments fp32 [K, K] = Σ x xᵀ over `count` calibration rows, and about 512 held-out `rows` [·, K] as they are."""
+    """What a linear was given: over `count` calibration rows, moments Σ x xᵀ fp32 [K, K], total Σ x [K] and peaks max |x| [K]; and about 512
+    held-out `rows` [·, K] as they are."""
 
     moments: torch.Tensor
     count: int = 0
     rows: list[torch.Tensor] = field(default_factory=list)
+    total: torch.Tensor | None = None
+    peaks: torch.Tensor | None = None
+
+    def add(self, moments: torch.Tensor, total: torch.Tensor, peaks: torch.Tensor, count: int) -> None:
+        """Count in some more rows."""
+        self.moments += moments
+        self.total = total.clone() if self.total is None else self.total + total
+        self.peaks = peaks if self.peaks is None else torch.maximum(self.peaks, peaks)
+        self.count += count
 
 
 def record(
@@ -124,7 +134,7 @@ class _Observer:
         self.rows_a_call = rows_a_call
         self.found: dict[str, LayerInputs] = {}
         self.held_out, self.call = False, 0
-        self.last: tuple[torch.Tensor, int, torch.Tensor] | None = None  # queries, keys and values are made from one input
+        self.last: tuple | None = None  # queries, keys and values are made from one input
 
     def hook(self, name: str) -> Callable:
         return lambda _module, args: self.add(name, args[0])
@@ -136,15 +146,14 @@ class _Observer:
         if self.held_out:
             stats.rows.append(self.last[2])
         else:
-            stats.moments += self.last[2]
-            stats.count += x.numel() // x.shape[-1]
+            stats.add(*self.last[2], x.numel() // x.shape[-1])
 
-    def summary(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+    def summary(self, name: str, rows: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if not torch.isfinite(rows.sum()):
             why = "calibration runs the model on its own trajectories"
             raise QuantizationError(f"layer {name} was given NaN or inf", why, "try it in float32 first")
         if not self.held_out:
-            return rows.T @ rows
+            return rows.T @ rows, rows.sum(0), rows.abs().amax(0)
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.call))[: self.rows_a_call]
         return rows[chosen.to(rows.device)]
 

@@ -1,23 +1,35 @@
 """The `quantize` verb: recipe in, quantized model in place, report out."""
 
+import hashlib
 import resource
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dite import __version__
 from dite.checkpoint.diffusers_quantizer import mark_quantized_
 from dite.errors import UsageError
 from dite.models.access import denoisers, unwrap
 from dite.models.discovery import discover
 from dite.models.planning import baseline_bytes, make_plan
 from dite.ptq.calibrate import Calls, record
+from dite.ptq.fitness import Fid, Trajectories
+from dite.ptq.journal import Journal
+from dite.ptq.plan_document import plan_document, transform_name
 from dite.ptq.rounding import round_linears_
+from dite.ptq.search import Found, Plans, build_options, choices_of, deployed, limit, search_plans
 from dite.quant.apply import Progress, check_weights, quantize_linears_
 from dite.quant.plan import QuantPlan
 from dite.recipe import QuantRecipe, load_recipe
 from dite.sampling import class_ids, takes_classes
+
+COARSE, FINE, SHORT_STEPS = 4, 8, 8  # trajectories of single layers and of whole plans, and their steps
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,8 @@ class QuantReport:
 
     `bytes` and `baseline_bytes` are the transformer's weights on disk, the baseline counted in bf16; `bf16_bytes` is what `bytes` would be if the
     layers left alone were bf16 too. `basis` says how token and conditioning linears
-    were told apart; `unmatched_patterns` are those of the recipe's `layers` that name nothing in this model.
+    were told apart; `unmatched_patterns` are those of the recipe's `layers` that name nothing in this model; `notes` what was not done as asked;
+    `plan` what a search found, and what `plan.json` holds.
     """
 
     recipe: QuantRecipe
@@ -39,19 +52,22 @@ class QuantReport:
     basis: str = "observed"
     unmatched_patterns: tuple[str, ...] = ()
     bf16_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+    plan: dict[str, Any] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `dite quantize --json`."""
         values = {key: getattr(self, key) for key in ("layers", "skipped", "baseline_bytes", "bytes", "seconds", "peak_memory_bytes", "basis")}
-        values["bf16_bytes"] = self.bf16_bytes
-        values["unmatched_patterns"] = list(self.unmatched_patterns)
+        values |= {"bf16_bytes": self.bf16_bytes, "unmatched_patterns": list(self.unmatched_patterns), "notes": list(self.notes)}
+        values["search"] = self.plan and {key: self.plan[key] for key in ("search", "error", "uniform")}
         return {"recipe": self.recipe.model_dump(mode="json", exclude_unset=True)} | values
 
     def __str__(self) -> str:
         ratio = self.baseline_bytes / self.bytes
         sizes = f"{self.baseline_bytes / 1e6:.1f} MB → {self.bytes / 1e6:.1f} MB ({ratio:.2f}× smaller)"
         wide = f"; {self.bf16_bytes / 1e6:.1f} MB with the layers left alone in bf16" if self.wide else ""
-        return f"{self.recipe.name}: {len(self.layers)} layers, {sizes} in {self.seconds:.1f} s{wide}"
+        notes = "".join(f"\nnote: {note}" for note in self.notes)
+        return f"{self.recipe.name}: {len(self.layers)} layers, {sizes} in {self.seconds:.1f} s{wide}{notes}"
 
     @property
     def wide(self) -> bool:
@@ -63,44 +79,63 @@ def quantize(
     model: Any,
     recipe: str | Path | dict | QuantRecipe = "w4a8",
     *,
+    effort: str | None = None,
     overrides: list[str] | None = None,
     example_inputs: dict | None = None,
     progress: Progress | None = None,
+    journal: str | Path | None = None,
 ) -> QuantReport:
     """Quantize the transformer(s) of a pipeline, or a bare model, in place.
 
-    `recipe` is a name, a YAML file, a dict or a QuantRecipe; `overrides` are `a.b=c` strings. `example_inputs` (keyword arguments of the model's
-    forward) tell token from conditioning linears in a model dite doesn't know. `progress(layer, done, total)` is called after each layer.
+    `recipe` is a name, a YAML file, a dict or a QuantRecipe; `effort` (fast, default, high) and `overrides` (`a.b=c` strings) change it.
+    `example_inputs` (keyword arguments of the model's forward) tell token from conditioning linears in a model dite doesn't know.
+    `progress(what, done, total)` is called as the work goes on. `journal` is a folder in which a search writes down what it measures; given again
+    after an interruption, it goes on from there.
 
-    A recipe that calibrates (`rounding` or `transform` other than nearest and none) samples with the pipeline first, so it needs a whole one.
+    A recipe that calibrates or searches samples with the pipeline first. Where there is nothing to sample with (a bare model, a text model and no
+    calibration.prompts), one that leaves its choices to `auto` rounds to nearest instead, and the report's notes say so; others are refused.
 
-    Raises RecipeError, UsageError (quantized already; nothing to sample with), UnsupportedModel (no transformer blocks), QuantizationError (NaN in
-    weights: nothing has changed; NaN met in calibration: load the model again).
+    Raises RecipeError, UsageError (quantized already; nothing to sample with; no plan fits the budget), UnsupportedModel (no transformer blocks),
+    QuantizationError (NaN in weights: nothing has changed; NaN met in calibration: load the model again), ResumeConflict (another run's journal).
     """
     started = time.monotonic()
-    recipe = load_recipe(recipe, overrides)
+    recipe = load_recipe(recipe, [*(overrides or []), *([f"effort={effort}"] if effort else [])])
     found = denoisers(model)
     plans = {name: _plan_one(part, recipe, example_inputs) for name, part in found.items()}
     for name, part in found.items():
         check_weights(part, plans[name])
     baseline = sum(baseline_bytes(part) for part in found.values())
-    layers, skipped = [], {}
-    calls = _calls(model, found, recipe, progress) if recipe.calibrated else {}
-    for name, part in found.items():
-        if recipe.calibrated:
-            plans[name] = round_linears_(part, plans[name], calls[name], recipe.transform, recipe.rounding, progress)
-        else:
+    used, notes = _settle(recipe, model)
+    document = None
+    if not used.calibrated:
+        for name, part in found.items():
             errors = quantize_linears_(part, plans[name], progress)
             plans[name] = replace(plans[name], layers=[replace(layer, error=errors[layer.name]) for layer in plans[name].layers])
-        mark_quantized_(part, plans[name], recipe)
+    else:
+        with Journal(Path(journal), _header(found, plans, used)) if journal is not None else nullcontext() as opened:
+            calls = _calls(model, found, used, opened, progress)
+            if used.search.active:
+                plans, result = _search(model, found, plans, calls, used, opened, progress)
+                document = plan_document(found, plans, used, result, baseline)
+            else:
+                for name, part in found.items():
+                    plans[name], short = round_linears_(part, plans[name], calls[name], choices_of(used), progress)
+                    notes += _short_notes(short)
+    for name, part in found.items():
+        mark_quantized_(part, plans[name], recipe, document and {"plan": document})
+    layers, skipped = [], {}
+    for name in found:
         prefix = _prefix(name, found)
-        layers += [_row(prefix, layer, recipe.calibrated) for layer in plans[name].layers]
+        layers += [_row(prefix, layer, used.calibrated) for layer in plans[name].layers]
         skipped |= {prefix + layer: reason for layer, reason in plans[name].skipped.items()}
     size = sum(tensor.numel() * tensor.element_size() for part in found.values() for tensor in part.state_dict().values())
     narrow = sum(one.estimated_bytes for one in plans.values())
     first, *others = plans.values()
     unmatched = tuple(pattern for pattern in first.unmatched if all(pattern in other.unmatched for other in others))
-    return QuantReport(recipe, layers, skipped, baseline, size, time.monotonic() - started, peak_memory_bytes(), first.basis, unmatched, narrow)
+    seconds = time.monotonic() - started
+    return QuantReport(
+        recipe, layers, skipped, baseline, size, seconds, peak_memory_bytes(), first.basis, unmatched, narrow, tuple(notes), document
+    )
 
 
 def plan(model: Any, recipe: str | Path | dict | QuantRecipe, example_inputs: dict | None = None) -> QuantPlan:
@@ -128,16 +163,108 @@ def _plan_one(model, recipe: QuantRecipe, given: dict | None) -> QuantPlan:
     return make_plan(model, recipe, discover(model, given, strict=True) if given else None)
 
 
-def _calls(model: Any, found: dict[str, Any], recipe: QuantRecipe, progress: Progress | None) -> dict[str, Calls]:
-    """What each denoiser sees on the recipe's trajectories. Raises UsageError where there is nothing to sample with."""
-    pipe, settings = unwrap(model), recipe.calibration
-    what = f"recipe {recipe.name} calibrates (rounding: {recipe.rounding}, transform: {recipe.transform})"
+def _settle(recipe: QuantRecipe, model: Any) -> tuple[QuantRecipe, list[str]]:
+    """The recipe as it can be carried out here, with a note where that is less than it says. Raises UsageError where less won't do."""
+    missing = None if not recipe.calibrated else _nothing_to_sample_with(model, recipe)
+    if missing is None:
+        return recipe, []
+    why, hint = missing
+    if recipe.lenient:
+        return recipe.uncalibrated(), [f"rounded to nearest, not calibrated: {why}; {hint}"]
+    what = f"recipe {recipe.name} calibrates (rounding: {recipe.rounding}, transform: {recipe.transform}, search: {recipe.search.strategy})"
+    raise UsageError(what, why, f"{hint}, or use rounding: nearest, transform: none and search: {{strategy: none}}")
+
+
+def _nothing_to_sample_with(model: Any, recipe: QuantRecipe) -> tuple[str, str] | None:
+    pipe = unwrap(model)
     if not hasattr(pipe, "components"):
-        raise UsageError(what, "a bare model has no sampler to run it with", "pass the whole pipeline, or use rounding: nearest and transform: none")
-    conditions = class_ids(pipe) if takes_classes(pipe) else settings.prompts
-    if not conditions:
-        raise UsageError(what, f"{type(pipe).__name__} draws from prompts, and the recipe has none", "add calibration.prompts to the recipe")
-    return record(pipe, found, spread(conditions, settings.num_samples), settings, progress)
+        return "a bare model has no sampler to run it with", "pass the whole pipeline"
+    if not (takes_classes(pipe) or recipe.calibration.prompts):
+        return f"{type(pipe).__name__} draws from prompts, and the recipe has none", "add calibration.prompts to the recipe"
+    return None
+
+
+def _conditions(model: Any, recipe: QuantRecipe) -> list[Any]:
+    pipe = unwrap(model)
+    return class_ids(pipe) if takes_classes(pipe) else recipe.calibration.prompts
+
+
+def _calls(model: Any, found: dict[str, Any], recipe: QuantRecipe, journal: Journal | None, progress: Progress | None) -> dict[str, Calls]:
+    """What each denoiser sees on the recipe's trajectories; from the journal if an interrupted run recorded it."""
+    calls = journal.calls() if journal is not None else None
+    if calls is None:
+        settings = recipe.calibration
+        calls = record(unwrap(model), found, spread(_conditions(model, recipe), settings.num_samples), settings, progress)
+        if journal is not None:
+            journal.keep_calls(calls)
+    return calls
+
+
+def _search(model, found, plans, calls, recipe: QuantRecipe, journal: Journal | None, progress: Progress | None) -> tuple[dict[str, QuantPlan], Found]:
+    """Search and put what was found into the models; raises before they change, or leaves them as they were."""
+    pipe, search = unwrap(model), recipe.search
+    conditions = _conditions(model, recipe)
+    with _in_float32(pipe):
+        slots = [slot for name, part in found.items() for slot in build_options(part, plans[name], calls[name], recipe, journal, progress)]
+        budget = limit(search, slots, sum(one.other_bytes for one in plans.values()))
+        guidance, seed = recipe.calibration.guidance, search.seed
+        coarse = Trajectories(pipe, conditions, COARSE, SHORT_STEPS, guidance, seed)
+        fine = Trajectories(pipe, conditions, FINE, SHORT_STEPS, guidance, seed) if search.fitness == "surrogate" else _fid(pipe, search)
+        measured = Plans(slots, fine, coarse, journal, search)
+        try:
+            result = search_plans(measured, budget, search, progress)
+        except BaseException:
+            measured.put([None] * len(slots))
+            raise
+        measured.put(result.choice)
+    chosen = deployed(slots, result)
+    for name in found:
+        count = len(plans[name].layers)
+        plans[name], chosen = replace(plans[name], layers=chosen[:count]), chosen[count:]
+    return plans, result
+
+
+def _fid(pipe: Any, search) -> Fid:
+    from dite.evaluation import evaluate
+
+    def measure(n: int) -> float:
+        return evaluate(pipe, search.fid_protocol, n=n, dtype="float32")["fid"]
+
+    steps = evaluate(pipe, search.fid_protocol, n=search.fid_samples, dtype="float32", dry_run=True)["protocol"]["steps"]
+    return Fid(measure, search.fid_samples, 2 * steps * search.fid_samples)
+
+
+@contextmanager
+def _in_float32(pipe: Any) -> Iterator[None]:
+    """Rounding to bf16 moves a trajectory about as much as one layer's quantization: plans are compared in float32."""
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    before = [next((tensor.dtype for tensor in part.parameters()), torch.float32) for part in parts]
+    for part in parts:
+        part.float()
+    try:
+        yield
+    finally:
+        for part, dtype in zip(parts, before, strict=True):
+            part.to(dtype)
+
+
+def _header(found: dict[str, Any], plans: dict[str, QuantPlan], recipe: QuantRecipe) -> dict[str, Any]:
+    """What a journal belongs to. Weights count by a sample of each: reading all of a large model takes as long as some searches."""
+    weights = hashlib.sha256()
+    for name, part in found.items():
+        for layer in plans[name].layers:
+            weights.update(f"{name} {layer.name} {layer.in_features} {layer.out_features}".encode())
+            weights.update(part.get_submodule(layer.name).weight.detach()[:1].float().cpu().numpy().tobytes())
+    recipe_digest = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+    return {"dite_version": __version__, "model": weights.hexdigest(), "recipe": recipe_digest}
+
+
+def _short_notes(short: list[str]) -> list[str]:
+    if not short:
+        return []
+    names = ", ".join(short[:3]) + (" …" if len(short) > 3 else "")
+    why = "4 rows a feature (1 for conditioning layers); rounding was kept where held-out errors said so"
+    return [f"{len(short)} layers saw fewer calibration rows than GPTQ should have ({why}): {names}; raise calibration.num_calls or num_samples"]
 
 
 def spread(conditions: list, count: int) -> list:
@@ -157,7 +284,8 @@ def _row(prefix: str, layer, calibrated: bool) -> dict[str, Any]:
         "weight_bits": scheme.weight.num_bits,
         "activation_bits": scheme.activation.num_bits if scheme.activation else None,
         "group_size": scheme.weight.group_size,
-        "transform": scheme.transform.kind,
+        "transform": transform_name(scheme),
+        "rank": scheme.rank,
         "rounding": layer.rounding,
         "error": layer.error,
         "error_of": "outputs" if calibrated else "weights",

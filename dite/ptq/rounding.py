@@ -13,13 +13,56 @@ from dite.quant.gptq import SingularHessian, gptq
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import LayerPlan, QuantPlan
 from dite.quant.scheme import LayerScheme, TransformScheme
+from dite.quant.transforms import low_rank, smooth_scale
 from dite_kernels import dense
 from dite_kernels.hadamard import rotate, signs
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
 
-HADAMARD = TransformScheme(kind="hadamard", block=128, sign_seed=0)
-NONE = TransformScheme()
+ROTATION = {"block": 128, "sign_seed": 0}
+BASES = {
+    "none": TransformScheme(),
+    "hadamard": TransformScheme(kind="hadamard", **ROTATION),
+    "smooth": TransformScheme(kind="smooth"),
+    "smooth+hadamard": TransformScheme(kind="smooth+hadamard", **ROTATION),
+}
+AUTO = {"fast": ("none",), "default": ("none", "hadamard"), "high": ("none", "hadamard", "smooth", "smooth+hadamard")}
+STRENGTHS = {"fast": (0.5,), "default": (0.5,), "high": (0.35, 0.5, 0.65)}
+LOW_RANK = "lowrank"
 MOMENT_BYTES = 1_500_000_000  # of second moments held at a time
+ROUNDS = {"fast": 1, "default": 1, "high": 5}  # in how many portions layers are calibrated, each on what those before it put out
+TOKENS_PER_FEATURE = 4  # below that, GPTQ was worse than rounding
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be tried on a layer: the recipe's `transform` (a name, or auto), `rank` of low-rank parts, `rounding`, GPTQ's variant, `effort`."""
+
+    transform: str = "auto"
+    rounding: str = "auto"
+    rank: int = 16
+    ordered: bool = True
+    shrink: bool = True
+    effort: str = "default"
+
+    def trials(self, kind: str) -> Iterator["Trial"]:
+        """Only token linears are changed: conditioning linears keep their activations in floats, and gain nothing from it."""
+        methods = {"nearest": ["nearest"], "gptq": ["gptq"], "auto": ["nearest", "gptq"]}[self.rounding]
+        basis, _, _ = self.transform.removesuffix(LOW_RANK).rpartition("+")
+        names = AUTO[self.effort] if self.transform == "auto" else [basis or "none"] if self.transform.endswith(LOW_RANK) else [self.transform]
+        rank = self.rank if self.transform.endswith(LOW_RANK) else 0
+        for name in names if kind == "token" else ["none"]:
+            for strength in STRENGTHS[self.effort] if name.startswith("smooth") else (None,):
+                yield from (Trial(BASES[name], method, rank if kind == "token" else 0, strength) for method in methods)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to quantize a layer."""
+
+    basis: TransformScheme
+    rounding: str
+    rank: int = 0
+    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -32,88 +75,121 @@ class Rounded:
 
 
 @torch.no_grad()
-def round_layer(
-    linear: nn.Linear, scheme: LayerScheme, kind: str, inputs: LayerInputs, transform: str, rounding: str, name: str = "layer"
-) -> Rounded:
-    """The best of what `transform` (none, hadamard, auto) and `rounding` (nearest, gptq, auto) allow.
-
-    Only token linears are rotated: conditioning linears keep their activations in floats, and gain nothing from it.
-    """
+def round_layer(linear: nn.Linear, scheme: LayerScheme, kind: str, inputs: LayerInputs, choices: Choices, name: str = "layer") -> Rounded:
+    """The best of what `choices` allow, its bias corrected where that helps."""
     rows = torch.cat(inputs.rows) if inputs.rows else None
     best: Rounded | None = None
-    for basis, method in _candidates(kind, transform, rounding):
+    for trial in choices.trials(kind):
         try:
-            layer = _rounded(linear, scheme.model_copy(update={"transform": basis}), inputs.moments, method, name)
+            layer = _rounded(linear, scheme, inputs, trial, choices, name)
         except SingularHessian:
             continue
-        found = Rounded(layer, method, None if rows is None else output_error(linear, layer, rows))
+        found = Rounded(layer, trial.rounding, None if rows is None else output_error(linear, layer, rows))
         if best is None or _finite(found.error) < _finite(best.error):
             best = found
-    return best or Rounded(_rounded(linear, scheme, inputs.moments, "nearest", name), "nearest", None)
+    if best is None:
+        return Rounded(QuantLinear.from_linear(linear, scheme, name), "nearest", None)
+    return best if rows is None else _with_corrected_bias(best, linear, inputs, rows)
 
 
 def output_error(linear: nn.Linear, layer: QuantLinear, rows: torch.Tensor) -> float:
     """‖y − ŷ‖ / ‖y‖ over `rows` [M, K], biases left out: activations are quantized as they will be, whatever backend will run the layer."""
-    wanted = rows @ linear.weight.detach().float().T
-    error = dense.linear(layer.rotated(rows), layer.tensor.dequantize(layer.spec), None, layer.spec) - wanted
+    return _relative(_errors(linear, layer, rows), rows @ linear.weight.detach().float().T)
+
+
+def _errors(linear: nn.Linear, layer: QuantLinear, rows: torch.Tensor) -> torch.Tensor:
+    """ŷ − y [M, N] without biases."""
+    changed = layer.transformed(rows)
+    found = dense.linear(changed, layer.tensor.dequantize(layer.spec), None, layer.spec)
+    if layer.lowrank_up is not None:
+        found += changed @ layer.lowrank_down.float().T @ layer.lowrank_up.float().T
+    return found - rows @ linear.weight.detach().float().T
+
+
+def _relative(errors: torch.Tensor, wanted: torch.Tensor) -> float:
     norm = wanted.norm()
-    return float(error.norm() / norm) if norm > 0 else float(error.norm())
+    return float(errors.norm() / norm) if norm > 0 else float(errors.norm())
+
+
+def _with_corrected_bias(found: Rounded, linear: nn.Linear, inputs: LayerInputs, rows: torch.Tensor) -> Rounded:
+    """Take the mean output error over the calibration rows off the bias, if the layer has one and held-out errors shrink by it."""
+    layer = found.layer
+    if layer.bias is None or not inputs.count or inputs.total is None or found.error is None:
+        return found
+    shift = (linear.weight.detach().float() - layer.dequantize()) @ (inputs.total / inputs.count)
+    corrected = (linear.bias.detach().float() + shift).to(layer.bias.dtype)
+    error = _relative(_errors(linear, layer, rows) + (corrected.float() - linear.bias.detach().float()), rows @ linear.weight.detach().float().T)
+    if not error < found.error:
+        return found
+    layer.bias = corrected
+    return replace(found, error=error)
 
 
 def _finite(error: float | None) -> float:
     return error if error is not None and math.isfinite(error) else math.inf
 
 
-def _candidates(kind: str, transform: str, rounding: str) -> Iterator[tuple[TransformScheme, str]]:
-    bases = {"none": [NONE], "hadamard": [HADAMARD], "auto": [NONE, HADAMARD]}[transform if kind == "token" else "none"]
-    methods = {"nearest": ["nearest"], "gptq": ["gptq"], "auto": ["nearest", "gptq"]}[rounding]
-    return ((basis, method) for basis in bases for method in methods)
+def _rounded(linear: nn.Linear, scheme: LayerScheme, inputs: LayerInputs, trial: Trial, choices: Choices, name: str) -> QuantLinear:
+    smooth = smooth_scale(inputs.peaks, linear.weight, trial.strength) if trial.basis.smooths else None
+    moments = _transformed(inputs.moments, trial.basis, smooth)
 
-
-def _rounded(linear: nn.Linear, scheme: LayerScheme, moments: torch.Tensor, method: str, name: str) -> QuantLinear:
     def by_gptq(weight: torch.Tensor, spec: LinearSpec) -> QuantTensor:
-        return gptq(weight, _rotated(moments, scheme.transform), spec, ordered=True, shrink=True)
+        return gptq(weight, moments, spec, ordered=choices.ordered, shrink=choices.shrink)
 
-    return QuantLinear.from_linear(linear, scheme, name, by_gptq if method == "gptq" else quantize_weight)
+    def factor(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return low_rank(weight, moments, rank)
+
+    chosen = scheme.model_copy(update={"transform": trial.basis, "rank": min(trial.rank, linear.in_features, linear.out_features)})
+    return QuantLinear.from_linear(linear, chosen, name, by_gptq if trial.rounding == "gptq" else quantize_weight, smooth, factor)
 
 
-def _rotated(moments: torch.Tensor, transform: TransformScheme) -> torch.Tensor:
-    """The moments [K, K] of rotated inputs."""
-    if not transform.rotates:
+def _transformed(moments: torch.Tensor, basis: TransformScheme, smooth: torch.Tensor | None) -> torch.Tensor:
+    """The moments [K, K] of smoothed and rotated inputs."""
+    if smooth is not None:
+        moments = moments * smooth * smooth[:, None]
+    if not basis.rotates:
         return moments
-    sign = None if transform.sign_seed is None else signs(len(moments), transform.sign_seed)
-    return rotate(rotate(moments, transform.block, sign).T, transform.block, sign)
+    sign = None if basis.sign_seed is None else signs(len(moments), basis.sign_seed)
+    return rotate(rotate(moments, basis.block, sign).T, basis.block, sign)
 
 
-def round_linears_(model: nn.Module, plan: QuantPlan, calls: Calls, transform: str, rounding: str, progress: Progress | None = None) -> QuantPlan:
-    """Replace every planned linear by its best quantized form; returns the plan as it was carried out, with each layer's transform.
+def round_linears_(model: nn.Module, plan: QuantPlan, calls: Calls, choices: Choices, progress: Progress | None = None) -> tuple[QuantPlan, list[str]]:
+    """Replace every planned linear by its best quantized form; returns the plan as it was carried out, with each layer's transform, and notes on
+    layers that saw too little.
 
     Layers are observed a few at a time, so that their moments take at most MOMENT_BYTES; later ones are calibrated on what the quantized ones
     before them put out.
     """
     done: list[LayerPlan] = []
-    for some in _chunks(plan.layers):
+    short: list[str] = []
+    for some in portions(plan.layers, ROUNDS[choices.effort]):
         inputs = observe(model, [layer.name for layer in some], calls)
+        short += [layer.name for layer in some if layer.name in inputs and inputs[layer.name].count < needed(layer)]
         for layer in some:
             linear = model.get_submodule(layer.name)
-            scheme = layer.scheme
             if layer.name in inputs:
-                found = round_layer(linear, scheme, layer.kind, inputs[layer.name], transform, rounding, layer.name)
+                found = round_layer(linear, layer.scheme, layer.kind, inputs[layer.name], choices, layer.name)
             else:  # a layer that the model's forward never called
-                found = Rounded(QuantLinear.from_linear(linear, scheme, layer.name), "nearest", None)
+                found = Rounded(QuantLinear.from_linear(linear, layer.scheme, layer.name), "nearest", None)
             replace_(model, layer.name, found.layer)
             done.append(replace(layer, scheme=found.layer.scheme, rounding=found.rounding, error=found.error))
             if progress:
                 progress(layer.name, len(done), len(plan.layers))
-    return replace(plan, layers=done)
+    return replace(plan, layers=done), short
 
 
-def _chunks(layers: list[LayerPlan]) -> Iterator[list[LayerPlan]]:
+def needed(layer: LayerPlan) -> int:
+    """Calibration rows that GPTQ should have: 4 a feature; conditioning inputs, which vary with timestep and condition only, one."""
+    return layer.in_features * (TOKENS_PER_FEATURE if layer.kind == "token" else 1)
+
+
+def portions(layers: list[LayerPlan], rounds: int = 1) -> Iterator[list[LayerPlan]]:
+    """Layers in at least `rounds` portions (if there are as many), whose moments take at most MOMENT_BYTES."""
     some: list[LayerPlan] = []
-    size = 0
+    most, size = -(-len(layers) // rounds), 0
     for layer in layers:
         cost = 4 * layer.in_features**2
-        if some and size + cost > MOMENT_BYTES:
+        if some and (size + cost > MOMENT_BYTES or len(some) == most):
             yield some
             some, size = [], 0
         some.append(layer)

@@ -8,6 +8,7 @@ and leaves the scales as they were stored: a scale cast to bf16 is off by up to 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dite.errors import QuantizationError, UnsupportedEnvironment, UsageError, did_you_mean
@@ -23,9 +24,11 @@ Quantize = Callable[[torch.Tensor, LinearSpec], QuantTensor]
 class QuantLinear(nn.Linear):
     """y = x·Wᵀ + b with W in integer codes and x quantized at each call; input [..., K], output [..., N] in the input's dtype.
 
-    Where the scheme says so, x is first rotated (`dite_kernels.hadamard`), and the codes are those of the weight rotated likewise.
+    Where the scheme says so, x is first scaled by `smooth` and rotated (`dite_kernels.hadamard`), and the codes are those of the weight changed the
+    other way; then x·downᵀ·upᵀ is added, with x in that basis but not quantized.
 
-    Buffers: qdata uint8 [N, packed K]; scale [N, G] fp16 or fp32; zero_point uint8 [N, packed G] unless symmetric; bias [N] or None.
+    Buffers: qdata uint8 [N, packed K]; scale [N, G] fp16 or fp32; zero_point uint8 [N, packed G] unless symmetric; bias [N] or None; smooth [K],
+    lowrank_down [r, K] and lowrank_up [N, r] if the scheme has them, in the model's dtype (smooth holds numbers that every dtype can).
     `backend` names what runs it (`auto` by default); see `dite_kernels.backends`.
     """
 
@@ -45,16 +48,38 @@ class QuantLinear(nn.Linear):
         zero_point = None if scheme.weight.symmetric else torch.zeros(out_features, packed_columns(groups, bits), dtype=torch.uint8, device=device)
         self.register_buffer("zero_point", zero_point)
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+        rank = scheme.rank
+        self.register_buffer("smooth", torch.ones(in_features, device=device, dtype=dtype) if scheme.transform.smooths else None)
+        self.register_buffer("lowrank_down", torch.zeros(rank, in_features, device=device, dtype=dtype) if rank else None)
+        self.register_buffer("lowrank_up", torch.zeros(out_features, rank, device=device, dtype=dtype) if rank else None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: LayerScheme, name: str = "layer", quantize: Quantize = quantize_weight) -> "QuantLinear":
-        """Quantize a linear's weight, rotated as the scheme says, by `quantize(weight, spec)`: rounding to nearest unless given.
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        scheme: LayerScheme,
+        name: str = "layer",
+        quantize: Quantize = quantize_weight,
+        smooth: torch.Tensor | None = None,
+        factor: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> "QuantLinear":
+        """Quantize a linear's weight in the scheme's basis by `quantize(weight, spec)`: rounding to nearest unless given.
 
+        `smooth` [K] multiplies inputs (see `smoothing.representable`); `factor(weight, rank)` gives (down, up) for a scheme with a low-rank part.
         Raises QuantizationError that names the layer if the weight holds NaN or inf.
         """
         weight = linear.weight.detach()
         layer = cls(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=weight.device, dtype=weight.dtype)
-        layer.tensor = quantize(layer.rotated(weight.float()) if scheme.transform.rotates else weight, layer.spec)
+        changed = weight
+        if scheme.transform.smooths:
+            layer.smooth = smooth.to(weight.device, weight.dtype)
+            changed = changed.float() / smooth.float()
+        if scheme.transform.rotates:
+            changed = layer._rotated(changed.float())
+        if scheme.rank:
+            layer.lowrank_down, layer.lowrank_up = (part.to(weight.dtype) for part in factor(changed.float(), scheme.rank))
+            changed = changed.float() - layer.lowrank_up.float() @ layer.lowrank_down.float()
+        layer.tensor = quantize(changed, layer.spec)
         if not torch.isfinite(layer.scale).all():
             cls.check_weight(linear, name)
             raise QuantizationError(f"layer {name} can't be quantized", "its weights are so large that a scale overflows", "repair the checkpoint")
@@ -88,27 +113,35 @@ class QuantLinear(nn.Linear):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] that the layer stands for, in the basis of its input."""
         transform = self.scheme.transform
-        if not transform.rotates:
+        if transform.kind == "none" and self.lowrank_up is None:
             return self.tensor.dequantize(self.spec, dtype)
-        weight = rotate(self.tensor.dequantize(self.spec), transform.block)
-        sign = self._signs(weight)
-        return (weight if sign is None else weight * sign).to(dtype)
+        weight = self.tensor.dequantize(self.spec)
+        if self.lowrank_up is not None:
+            weight = weight + self.lowrank_up.float() @ self.lowrank_down.float()
+        if transform.rotates:
+            sign = self._signs(weight)
+            weight = rotate(weight, transform.block)
+            weight = weight if sign is None else weight * sign
+        return (weight if self.smooth is None else weight * self.smooth.float()).to(dtype)
 
-    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+    def transformed(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] in the basis that the codes are in, in x's dtype."""
-        transform = self.scheme.transform
-        return rotate(x, transform.block, self._signs(x)) if transform.rotates else x
+        x = x if self.smooth is None else x * self.smooth.to(x.dtype)
+        return self._rotated(x) if self.scheme.transform.rotates else x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         backend, prepared = self._prepare(x)
-        rows = self.rotated(x.reshape(-1, self.in_features))
+        rows = self.transformed(x.reshape(-1, self.in_features))
         y = backend.linear(rows, prepared, self.bias, self.spec)
+        if self.lowrank_up is not None:
+            y = y + F.linear(F.linear(rows, self.lowrank_down.to(x.dtype)), self.lowrank_up.to(x.dtype))
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         weight, activation = self.scheme.weight, self.scheme.activation
         inputs = f"A{activation.num_bits} per {activation.granularity}" if activation else "weight-only"
-        inputs += ", rotated" if self.scheme.transform.rotates else ""
+        inputs += f", {self.scheme.transform.kind}" if self.scheme.transform.kind != "none" else ""
+        inputs += f", rank {self.scheme.rank}" if self.scheme.rank else ""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{weight.num_bits} g{weight.group_size or 'all'}, {inputs}"
 
     def _prepare(self, x: torch.Tensor) -> tuple:
@@ -120,6 +153,9 @@ class QuantLinear(nn.Linear):
 
     def __getstate__(self):
         return self.__dict__ | {"_prepared": None, "_sign": None}  # copies and pickles prepare their own
+
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        return rotate(x, self.scheme.transform.block, self._signs(x))
 
     def _signs(self, x: torch.Tensor) -> torch.Tensor | None:
         """±1 [K] like `x`, kept between calls; None for a rotation without signs."""

@@ -8,6 +8,15 @@ from dite_kernels.affine import group_count
 from dite_kernels.packing import packed_columns
 
 
+def weight_bytes(in_features: int, out_features: int, scheme: LayerScheme) -> int:
+    """Bytes on disk of a linear's weight: qdata, fp16 scales, packed zero points, and (16 bits each) smooth scales and low-rank factors."""
+    weight = scheme.weight
+    groups = group_count(in_features, weight.group_size)
+    zeros = 0 if weight.symmetric else packed_columns(groups, weight.num_bits)
+    codes = out_features * (packed_columns(in_features, weight.num_bits) + 2 * groups + zeros)
+    return codes + 2 * in_features * scheme.transform.smooths + 2 * scheme.rank * (in_features + out_features)
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """One linear and how it is quantized; once that is done, also how its codes were chosen and what that cost.
@@ -25,11 +34,8 @@ class LayerPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of qdata, fp16 scales and packed zero points on disk."""
-        weight = self.scheme.weight
-        groups = group_count(self.in_features, weight.group_size)
-        zeros = 0 if weight.symmetric else packed_columns(groups, weight.num_bits)
-        return self.out_features * (packed_columns(self.in_features, weight.num_bits) + 2 * groups + zeros)
+        """Bytes on disk of qdata, fp16 scales, packed zero points, and (16 bits each) smooth scales and low-rank factors."""
+        return weight_bytes(self.in_features, self.out_features, self.scheme)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ def _multiple_of_16(value: int | None) -> int | None:
 
 
 MAX_BLOCK = 1024
+MAX_RANK = 1024
 MAX_GROUP_SIZE = 32768  # the sum of a group must fit int32
 GroupSize = Annotated[int | None, AfterValidator(_multiple_of_16)]
 
@@ -51,10 +52,11 @@ class ActivationScheme(Strict):
 class TransformScheme(Strict):
     """A change of basis that leaves the layer's function as it is and makes its numbers easier to round.
 
-    `hadamard` rotates blocks of `block` channels (a power of two), after random signs drawn from `sign_seed` if there is one.
+    `smooth` scales channels by a stored vector, moving range from activations to weights (SmoothQuant, arXiv 2211.10438); `hadamard` rotates blocks
+    of `block` channels (a power of two), after random signs drawn from `sign_seed` if there is one; `smooth+hadamard` does one after the other.
     """
 
-    kind: Literal["none", "hadamard"] = "none"
+    kind: Literal["none", "hadamard", "smooth", "smooth+hadamard"] = "none"
     block: int | None = None
     sign_seed: int | None = Field(default=None, ge=0)
 
@@ -70,13 +72,20 @@ class TransformScheme(Strict):
 
     @property
     def rotates(self) -> bool:
-        return self.kind == "hadamard"
+        return self.kind.endswith("hadamard")
+
+    @property
+    def smooths(self) -> bool:
+        return self.kind.startswith("smooth")
 
 
 class LayerScheme(Strict):
-    """Everything a quantized layer's forward depends on; one entry of `layers` in a saved `quantization_config`."""
+    """Everything a quantized layer's forward depends on; one entry of `layers` in a saved `quantization_config`.
+
+    `rank`: columns of a low-rank part in the model's dtype beside the codes (SVDQuant, arXiv 2411.05007), which sees activations as they are; 0: none.
+    """
 
     weight: WeightScheme
     activation: ActivationScheme | None = None
     transform: TransformScheme = Field(default_factory=TransformScheme)
-    rank: Literal[0] = 0  # reserved in the format for low-rank parts
+    rank: int = Field(default=0, ge=0, le=MAX_RANK)

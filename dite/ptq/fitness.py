@@ -1,0 +1,44 @@
+"""How far a quantized model strays: what a search minimises. Both fitnesses run the whole pipeline as it stands, and count sample-forwards.
+
+`Trajectories` (`fitness: surrogate`) samples a few short trajectories from fixed noise and compares the final latents with full precision's. A
+denoiser's error on cached inputs, the more usual proxy, weighs errors alike that cancel from step to step (rounded activations) and that add up
+(rounded weights): on the built-in model it is off by a factor of 3 between W8A8 and W4A8. Trajectories see what the sampler makes of them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dite.sampling import SampleSettings, sample, sample_seed
+
+SEED_OFFSET = 2_000_003  # neither the seeds of calibration nor those of evaluations
+
+
+class Trajectories:
+    """√ mean ‖x − x̂‖² / ‖x‖² over the final latents x of `num_samples` trajectories of `num_steps` steps."""
+
+    def __init__(self, pipe: Any, conditions: Sequence[Any], num_samples: int, num_steps: int, guidance: float, seed: int):
+        self.pipe = pipe
+        self.conditions = [conditions[index % len(conditions)] for index in range(num_samples)]
+        self.seeds = [sample_seed(SEED_OFFSET + seed, index) for index in range(num_samples)]
+        self.settings = SampleSettings(num_steps, guidance, micro_batch=num_samples)
+        self.forwards = num_samples * num_steps * (2 if guidance > 1 else 1)
+        self.baseline = self._latents()
+
+    def __call__(self) -> float:
+        pairs = zip(self._latents(), self.baseline, strict=True)
+        errors = [float((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)) for found, wanted in pairs]
+        return math.sqrt(sum(errors) / len(errors))
+
+    def _latents(self) -> list:
+        return [one.latent for one in sample(self.pipe, self.conditions, self.seeds, self.settings)]
+
+
+class Fid:
+    """FID of `num_samples` images, the paper's fitness; `evaluate(n)` returns it. Slow, and noisier than most of what it has to tell apart."""
+
+    def __init__(self, evaluate: Callable[[int], float], num_samples: int, forwards: int):
+        self.evaluate, self.num_samples, self.forwards = evaluate, num_samples, forwards
+
+    def __call__(self) -> float:
+        return self.evaluate(self.num_samples)

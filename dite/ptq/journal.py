@@ -1,0 +1,138 @@
+"""What an interrupted quantization leaves behind, so that `--resume` repeats nothing that took long.
+
+<output>.journal/
+  header.json           what the run is: digests of model and recipe; another run's journal is refused
+  calls.safetensors     the recorded calibration calls, with their structure in the metadata
+  fitness.jsonl         one synced line a fitness evaluation: {"key": digest of a choice, "error": number}
+
+Everything else is computed again; it depends on these and on nothing random, so that the plan comes out the same.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dite.errors import ResumeConflict
+from dite.ptq.calibrate import Calls
+
+HEADER, CALLS, FITNESS = "header.json", "calls.safetensors", "fitness.jsonl"
+
+
+class Journal:
+    """An open journal in `folder`, created unless it is there. Raises ResumeConflict when it is another run's."""
+
+    def __init__(self, folder: Path, header: dict[str, Any]):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / HEADER
+        if path.exists():
+            self._check(path, header)
+        else:
+            _write_synced(path, json.dumps(header, indent=1))
+        self.known: dict[str, float] = dict(self._records())
+        self._stream = open(folder / FITNESS, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the search
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        self._stream.close()
+
+    def add(self, key: str, error: float) -> None:
+        """Write an evaluation down; it is on disk when this returns."""
+        self.known[key] = error
+        self._stream.write(json.dumps({"key": key, "error": error}) + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def calls(self) -> dict[str, Calls] | None:
+        """The calls that an earlier run recorded, if it came to that."""
+        try:
+            return read_calls(self.folder / CALLS)
+        except (FileNotFoundError, SafetensorError, ValueError, KeyError):
+            return None
+
+    def keep_calls(self, calls: dict[str, Calls]) -> None:
+        """Write calls down, whole or not at all."""
+        write_calls(calls, self.folder / CALLS)
+
+    def _check(self, path: Path, header: dict[str, Any]) -> None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = {}
+        wrong = next((key for key, value in header.items() if found.get(key) != value), None)
+        if wrong is not None:
+            raise ResumeConflict(
+                f"{self.folder} is the journal of another run",
+                f"its {wrong} is {found.get(wrong)!r}, this run's is {header[wrong]!r}",
+                "repeat the interrupted command exactly, or delete that folder to start anew",
+            )
+
+    def _records(self):
+        path = self.folder / FITNESS
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # the last line was cut off by a kill
+            _write_synced(path, whole)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            yield record["key"], record["error"]
+
+
+def write_calls(calls: dict[str, Calls], path: Path) -> None:
+    """Calls as one safetensors file; what is not a tensor goes into its metadata as JSON."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def skeleton(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[str(len(tensors))] = value.contiguous()
+            return {"tensor": len(tensors) - 1}
+        if isinstance(value, dict):
+            return {"dict": {key: skeleton(item) for key, item in value.items()}}
+        if isinstance(value, list | tuple):
+            return {type(value).__name__: [skeleton(item) for item in value]}
+        return {"value": value}
+
+    structure = {name: {part: skeleton(getattr(some, part)) for part in ("calibration", "held_out")} for name, some in calls.items()}
+    partial = path.with_suffix(".partial")
+    try:
+        text = json.dumps(structure)
+    except TypeError:
+        return  # a call holds something that JSON can't: it will be recorded again
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, partial, {"structure": text})
+    os.replace(partial, path)
+
+
+def read_calls(path: Path) -> dict[str, Calls]:
+    """What `write_calls` wrote."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with safe_open(path, "pt") as file:
+        structure = json.loads(file.metadata()["structure"])
+
+        def filled(node: dict[str, Any]) -> Any:
+            ((kind, value),) = node.items()
+            if kind == "tensor":
+                return file.get_tensor(str(value))
+            if kind == "dict":
+                return {key: filled(item) for key, item in value.items()}
+            if kind in ("list", "tuple"):
+                return [filled(item) for item in value] if kind == "list" else tuple(filled(item) for item in value)
+            return value
+
+        return {name: Calls(filled(parts["calibration"]), filled(parts["held_out"])) for name, parts in structure.items()}
+
+
+def _write_synced(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
