@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError
+from torch import nn
 
 from dite import __version__
 from dite.checkpoint.diffusers_quantizer import recipe_of
@@ -15,6 +16,7 @@ from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest
 from dite.errors import CheckpointError, OutputExists, UnsupportedModel, UsageError
 from dite.models.access import denoisers, unwrap
 from dite.outputs import check_writable
+from dite.quant.lora import UNLOAD, refuse_adapters
 from dite.recipe import QuantRecipe
 
 RECIPE = "recipe.yaml"
@@ -25,12 +27,16 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a pipeline or a bare model as a plain diffusers folder with a manifest; returns the folder.
 
     The folder appears whole or not at all, also when the process dies. `id2label`, which diffusers' own saving drops, is kept, and paths of this
-    machine are not; a quantized model's recipe lies beside the weights. Raises OutputExists unless `overwrite`.
+    machine are not; a quantized model's recipe lies beside the weights. Raises OutputExists unless `overwrite`, UsageError while
+    LoRA adapters are attached.
     """
     model = unwrap(model)
     recipe = next(filter(None, map(recipe_of, denoisers(model).values())), None)
     if not hasattr(model, "save_pretrained"):
         raise UnsupportedModel(f"a {type(model).__name__} is no diffusers model, so there is no folder format for it", "save its state_dict yourself")
+    for part in getattr(model, "components", {"": model}).values():
+        if isinstance(part, nn.Module):
+            refuse_adapters(part, "saved: the folder would hold layers that no loader knows", UNLOAD)
     folder = Path(folder).absolute()
     check_output(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
