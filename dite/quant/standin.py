@@ -20,7 +20,7 @@ class WeightStandIn(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.data.__set__:
+        if func == torch.Tensor.data.__set__:
             refuse("assignment to .data")
         return super().__torch_function__(func, types, args, kwargs or {})
 
