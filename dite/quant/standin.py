@@ -35,8 +35,8 @@ class WeightStandIn(torch.Tensor):
 def refuse(operation: str) -> None:
     """Raise UnsupportedModel for an operation on a quantized weight."""
     raise UnsupportedModel(
-        f"it holds integer codes, which no float can be added to or read from in place ({operation})",
-        "keep a LoRA adapter beside the layer, unfused and of the plain kind; or fuse it into the full-precision model, then quantize that. "
+        f"{operation} wants its numbers, and it holds integer codes",
+        "do this to the full-precision model and quantize the result; or leave it out: a plain LoRA adapter works unfused, beside the layer. "
         "`layer.dequantize()` gives the values",
         what="a quantized linear has no weight to compute with",
     )

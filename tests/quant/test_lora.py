@@ -1,4 +1,4 @@
-"""LoRA adapters on quantized models, through PEFT (any model) and through diffusers (SD3, FLUX)."""
+"""LoRA adapters on quantized models, through PEFT (DiT, PixArt: any model) and through diffusers (SD3, FLUX: those with a loader of their own)."""
 
 import copy
 import io
@@ -175,7 +175,7 @@ def test_merging_through_peft_is_refused_and_changes_no_code(build_model, safe):
 def test_adapters_that_need_the_weight_itself_are_refused(build_model, options):
     model = build_model("DiTTransformer2DModel")
     dite.quantize(model, "w4a8")
-    with pytest.raises(UnsupportedModel, match="of the plain kind"):
+    with pytest.raises(UnsupportedModel, match="a plain LoRA adapter works unfused"):
         inject(model, **options)
 
 
