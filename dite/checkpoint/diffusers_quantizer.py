@@ -24,6 +24,7 @@ from dite.errors import CheckpointError, UsageError
 from dite.models.planning import make_plan
 from dite.quant.apply import check_weights, insert_empty_layers_, quantize_linears_, quantized_layers
 from dite.quant.linear import QuantLinear
+from dite.quant.lora import UNLOAD, prepare_for_adapters_
 from dite.quant.plan import QuantPlan, StoredPlan
 from dite.recipe import QuantRecipe, load_recipe
 
@@ -153,6 +154,13 @@ class DiteQuantizer(DiffusersQuantizer):
             self.quantization_config = DiteConfig.of(plan, recipe)
             model.register_to_config(quantization_config=self.quantization_config)
         check_tensors(model)
+        prepare_for_adapters_(model)
+
+    def get_state_dict_and_metadata(self, state_dict, safe_serialization: bool = False):
+        adapted = next((name for name in state_dict if ".base_layer." in name), None)
+        if adapted is not None:  # no loader knows such names
+            raise UsageError("a quantized model with adapters attached can't be saved", f"it would hold {adapted}", UNLOAD)
+        return state_dict, {}
 
     @property
     def is_serializable(self) -> bool:
@@ -160,7 +168,7 @@ class DiteQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters are; codes are not
 
 
 def mark_quantized_(model: nn.Module, plan: QuantPlan, recipe: QuantRecipe, calibration: dict | None = None) -> None:
@@ -172,6 +180,7 @@ def mark_quantized_(model: nn.Module, plan: QuantPlan, recipe: QuantRecipe, cali
     model.quantization_method = config.quant_method
     model.hf_quantizer = DiteQuantizer(config, pre_quantized=True)
     model.register_to_config(quantization_config=config)
+    prepare_for_adapters_(model)
 
 
 def search_plan_of(model: nn.Module) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError
+from torch import nn
 
 from dite import __version__
 from dite.checkpoint.diffusers_quantizer import recipe_of, search_plan_of
@@ -15,6 +16,7 @@ from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest
 from dite.errors import CheckpointError, OutputExists, UnsupportedModel, UsageError
 from dite.models.access import denoisers, unwrap
 from dite.outputs import check_writable
+from dite.quant.lora import UNLOAD, refuse_adapters
 from dite.recipe import QuantRecipe
 
 RECIPE, PLAN = "recipe.yaml", "plan.json"
@@ -26,13 +28,16 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False, attachments
 
     The folder appears whole or not at all, also when the process dies. `id2label`, which diffusers' own saving drops, is kept, and paths of this
     machine are not; a quantized model's recipe lies beside the weights, and the plan of one that was searched. `attachments` are further text files,
-    by name. Raises OutputExists unless `overwrite`.
+    by name. Raises OutputExists unless `overwrite`, UsageError while LoRA adapters are attached.
     """
     model = unwrap(model)
     recipe = next(filter(None, map(recipe_of, denoisers(model).values())), None)
     plan = next(filter(None, map(search_plan_of, denoisers(model).values())), None)
     if not hasattr(model, "save_pretrained"):
         raise UnsupportedModel(f"a {type(model).__name__} is no diffusers model, so there is no folder format for it", "save its state_dict yourself")
+    for part in getattr(model, "components", {"": model}).values():
+        if isinstance(part, nn.Module):
+            refuse_adapters(part, "saved: the folder would hold layers that no loader knows", UNLOAD)
     folder = Path(folder).absolute()
     check_output(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)

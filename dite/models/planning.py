@@ -6,6 +6,7 @@ from dite.errors import UnsupportedModel, UsageError
 from dite.models.discovery import OUTSIDE, Discovery, LinearInfo, discover, kind_by_structure
 from dite.models.families import example_inputs
 from dite.quant.apply import quantized_layers
+from dite.quant.lora import refuse_adapters
 from dite.quant.plan import LayerPlan, QuantPlan
 from dite.recipe import QuantRecipe
 
@@ -13,9 +14,10 @@ from dite.recipe import QuantRecipe
 def make_plan(model: nn.Module, recipe: QuantRecipe, discovery: Discovery | None = None, *, allow_marked: bool = False) -> QuantPlan:
     """What `recipe` does to each linear of `model`.
 
-    Raises UsageError when the model is quantized already, UnsupportedModel when nothing is left to quantize.
+    Raises UsageError when the model is quantized already or has adapters attached, UnsupportedModel when nothing is left to quantize.
     """
     refuse_quantized(model, allow_marked)
+    refuse_adapters(model, "quantized", "fuse them (fuse_lora) and unload them first, or unload them now and load them again on the quantized model")
     discovery = discovery or discover(model, example_inputs(model))
     layers, skipped, linears = [], dict(discovery.outside), list(discovery.linears)
     for name, reason in discovery.outside.items():

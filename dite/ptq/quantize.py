@@ -133,9 +133,7 @@ def quantize(
     first, *others = plans.values()
     unmatched = tuple(pattern for pattern in first.unmatched if all(pattern in other.unmatched for other in others))
     seconds = time.monotonic() - started
-    return QuantReport(
-        recipe, layers, skipped, baseline, size, seconds, peak_memory_bytes(), first.basis, unmatched, narrow, tuple(notes), document
-    )
+    return QuantReport(recipe, layers, skipped, baseline, size, seconds, peak_memory_bytes(), first.basis, unmatched, narrow, tuple(notes), document)
 
 
 def plan(model: Any, recipe: str | Path | dict | QuantRecipe, example_inputs: dict | None = None) -> QuantPlan:
@@ -200,7 +198,9 @@ def _calls(model: Any, found: dict[str, Any], recipe: QuantRecipe, journal: Jour
     return calls
 
 
-def _search(model, found, plans, calls, recipe: QuantRecipe, journal: Journal | None, progress: Progress | None) -> tuple[dict[str, QuantPlan], Found]:
+def _search(
+    model, found, plans, calls, recipe: QuantRecipe, journal: Journal | None, progress: Progress | None
+) -> tuple[dict[str, QuantPlan], Found]:
     """Search and put what was found into the models; raises before they change, or leaves them as they were."""
     pipe, search = unwrap(model), recipe.search
     conditions = _conditions(model, recipe)

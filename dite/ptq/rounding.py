@@ -153,7 +153,9 @@ def _transformed(moments: torch.Tensor, basis: TransformScheme, smooth: torch.Te
     return rotate(rotate(moments, basis.block, sign).T, basis.block, sign)
 
 
-def round_linears_(model: nn.Module, plan: QuantPlan, calls: Calls, choices: Choices, progress: Progress | None = None) -> tuple[QuantPlan, list[str]]:
+def round_linears_(
+    model: nn.Module, plan: QuantPlan, calls: Calls, choices: Choices, progress: Progress | None = None
+) -> tuple[QuantPlan, list[str]]:
     """Replace every planned linear by its best quantized form; returns the plan as it was carried out, with each layer's transform, and notes on
     layers that saw too little.
 

@@ -21,7 +21,7 @@ from dite.errors import UsageError
 from dite.ptq.calibrate import Calls, observe
 from dite.ptq.journal import Journal
 from dite.ptq.rounding import Choices, portions, round_layer
-from dite.quant.allocation import Infeasible, knapsack
+from dite.quant.allocation import knapsack
 from dite.quant.apply import Progress, replace_
 from dite.quant.evolution import evolve
 from dite.quant.linear import QuantLinear
@@ -198,8 +198,10 @@ def limit(search: Search, slots: list[Slot], other_bytes: int) -> int:
     if search.budget_time_ms is not None:
         budget, shown, unit = int(search.budget_time_ms * 1000), lambda cost: f"{cost / 1000:.2f}", "ms a forward (quantized layers)"
     elif search.budget_bytes is not None:
-        budget, shown, unit = search.budget_bytes - other_bytes, lambda cost: f"{cost + other_bytes}", "bytes, of which " + (
-            f"{other_bytes} are what is not quantized, in bf16"
+        budget, shown, unit = (
+            search.budget_bytes - other_bytes,
+            lambda cost: f"{cost + other_bytes}",
+            "bytes, of which " + (f"{other_bytes} are what is not quantized, in bf16"),
         )
     else:
         bits = search.budget_bits
@@ -250,7 +252,7 @@ def uniform_choices(slots: list[Slot]) -> dict[str, tuple[int, ...]]:
 def _dp(plans: Plans, costs: list[list[int]], budget: int, search: Search, uniform: dict) -> tuple[tuple[int, ...], float, list]:
     slots, nothing = plans.slots, [None] * len(plans.slots)
     # One end-to-end measurement a layer, at its cheapest option; its other options scale with their own output errors.
-    single = [plans.coarse_error(tuple(nothing[:index] + [0] + nothing[index + 1 :])) ** 2 for index in range(len(slots))]
+    single = [plans.coarse_error((*nothing[:index], 0, *nothing[index + 1 :])) ** 2 for index in range(len(slots))]
     table = [_scaled(slot.options, 0, value) for slot, value in zip(slots, single, strict=True)]
     best = knapsack(costs, table, budget)
     frontier = best.frontier

@@ -44,7 +44,8 @@ def insert_empty_layers_(model: nn.Module, layers: Mapping[str, LayerScheme], de
     """Replace linears by quantized ones without contents, for a loader to fill."""
     for name, scheme in layers.items():
         linear = model.get_submodule(name)
-        replace_(model, name, QuantLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=device))
+        dtype = linear.weight.dtype
+        replace_(model, name, QuantLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=device, dtype=dtype))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:

@@ -1,8 +1,12 @@
 """The quantized linear layer: packed codes on disk and in memory, integers in its arithmetic.
 
 Everything it holds is a buffer: some diffusers models read `next(module.parameters()).dtype`, which must not find integers. It subclasses
-`nn.Linear`, so that code which looks for linears finds it; its `weight` is None. Casting the model (`.bfloat16()`, `.to(dtype)`) casts the bias
-and leaves the scales as they were stored: a scale cast to bf16 is off by up to 0.4%.
+`nn.Linear`, so that code which looks for linears finds it; its `weight` has a shape, a dtype and a device, and no numbers. Casting the model
+(`.bfloat16()`, `.to(dtype)`) casts the bias and leaves the scales as they were stored: a scale cast to bf16 is off by up to 0.4%.
+
+Codes don't train. Gradients pass to the input, whatever the backend, as if activations were not rounded (straight-through):
+
+    ∂L/∂x = ∂L/∂y · Ŵ        Ŵ the dequantized weight; exact for weight-only layers
 """
 
 from collections.abc import Callable
@@ -13,6 +17,7 @@ from torch import nn
 
 from dite.errors import QuantizationError, UnsupportedEnvironment, UsageError, did_you_mean
 from dite.quant.scheme import LayerScheme
+from dite.quant.standin import WeightStandIn
 from dite_kernels import backends
 from dite_kernels.hadamard import rotate, signs
 from dite_kernels.packing import packed_columns
@@ -42,7 +47,7 @@ class QuantLinear(nn.Linear):
         self._prepared: tuple | None = None
         self._sign: torch.Tensor | None = None
         bits, groups = scheme.weight.num_bits, self.spec.groups
-        self.register_parameter("weight", None)
+        self._dtype = dtype or torch.get_default_dtype()
         self.register_buffer("qdata", torch.zeros(out_features, packed_columns(in_features, bits), dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.ones(out_features, groups, dtype=torch.float16, device=device))
         zero_point = None if scheme.weight.symmetric else torch.zeros(out_features, packed_columns(groups, bits), dtype=torch.uint8, device=device)
@@ -101,6 +106,11 @@ class QuantLinear(nn.Linear):
             )
 
     @property
+    def weight(self) -> WeightStandIn:
+        """What the weight looks like: [N, K], the layer's dtype and device. See `dequantize` for its values."""
+        return WeightStandIn((self.out_features, self.in_features), self._dtype if self.bias is None else self.bias.dtype, self.qdata.device)
+
+    @property
     def tensor(self) -> QuantTensor:
         """The packed weight."""
         return QuantTensor(self.qdata, self.scale, self.zero_point)
@@ -130,11 +140,8 @@ class QuantLinear(nn.Linear):
         return self._rotated(x) if self.scheme.transform.rotates else x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        backend, prepared = self._prepare(x)
-        rows = self.transformed(x.reshape(-1, self.in_features))
-        y = backend.linear(rows, prepared, self.bias, self.spec)
-        if self.lowrank_up is not None:
-            y = y + F.linear(F.linear(rows, self.lowrank_down.to(x.dtype)), self.lowrank_up.to(x.dtype))
+        rows = x.reshape(-1, self.in_features)
+        y = StraightThrough.apply(rows, self) if torch.is_grad_enabled() and x.requires_grad else self._linear(rows)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -143,6 +150,14 @@ class QuantLinear(nn.Linear):
         inputs += f", {self.scheme.transform.kind}" if self.scheme.transform.kind != "none" else ""
         inputs += f", rank {self.scheme.rank}" if self.scheme.rank else ""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{weight.num_bits} g{weight.group_size or 'all'}, {inputs}"
+
+    def _linear(self, x_MK: torch.Tensor) -> torch.Tensor:
+        backend, prepared = self._prepare(x_MK)
+        x_MK = self.transformed(x_MK)
+        y = backend.linear(x_MK, prepared, self.bias, self.spec)
+        if self.lowrank_up is not None:
+            y = y + F.linear(F.linear(x_MK, self.lowrank_down.to(x_MK.dtype)), self.lowrank_up.to(x_MK.dtype))
+        return y
 
     def _prepare(self, x: torch.Tensor) -> tuple:
         key = (self.backend, x.dtype, x.device, id(self.qdata), id(self.scale), id(self.zero_point))
@@ -168,6 +183,7 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         scale = self.scale
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)
         if self.scale.dtype != scale.dtype:
             self.scale = torch.empty_like(scale, device=self.scale.device) if scale.is_meta else scale.to(self.scale.device)
@@ -181,6 +197,19 @@ class QuantLinear(nn.Linear):
             self.scale = self.scale.to(stored.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._prepared = None
+
+
+class StraightThrough(torch.autograd.Function):
+    """A quantized linear whose gradient is that of the same linear on activations that were not rounded. It keeps no activations."""
+
+    @staticmethod
+    def forward(ctx, x_MK: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer._linear(x_MK)
+
+    @staticmethod
+    def backward(ctx, grad_MN: torch.Tensor):
+        return grad_MN @ ctx.layer.dequantize(grad_MN.dtype), None
 
 
 def linear_spec(in_features: int, out_features: int, scheme: LayerScheme) -> LinearSpec:

@@ -82,7 +82,7 @@ class TransformScheme(Strict):
 class LayerScheme(Strict):
     """Everything a quantized layer's forward depends on; one entry of `layers` in a saved `quantization_config`.
 
-    `rank`: columns of a low-rank part in the model's dtype beside the codes (SVDQuant, arXiv 2411.05007), which sees activations as they are; 0: none.
+    `rank`: columns of a low-rank part in the model's dtype beside the codes (SVDQuant, arXiv 2411.05007), which sees activations unrounded; 0: none.
     """
 
     weight: WeightScheme

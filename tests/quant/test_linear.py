@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dite.errors import QuantizationError, UnsupportedEnvironment, UsageError
+from dite.errors import QuantizationError, UnsupportedEnvironment, UnsupportedModel, UsageError
 from dite.quant.linear import QuantLinear, set_backend
-from dite.quant.scheme import ActivationScheme, LayerScheme, WeightScheme
+from dite.quant.scheme import ActivationScheme, LayerScheme, TransformScheme, WeightScheme
+from dite.quant.standin import WeightStandIn
 
 W4A8 = LayerScheme(weight=WeightScheme(num_bits=4, group_size=32), activation=ActivationScheme())
 
@@ -38,7 +39,7 @@ def test_casting_the_model_leaves_scales_and_codes_as_they_were(layer, cast):
 
 
 def test_it_holds_buffers_and_no_parameters(layer):
-    assert not list(layer.parameters()) and layer.weight is None and isinstance(layer, nn.Linear)
+    assert not list(layer.parameters()) and isinstance(layer.weight, WeightStandIn) and isinstance(layer, nn.Linear)
     assert set(layer.state_dict()) == {"qdata", "scale", "zero_point", "bias"}
 
 
@@ -107,3 +108,39 @@ def test_weights_too_large_for_any_scale_are_refused():
         linear.weight[0, 0] = -3e38
     with pytest.raises(QuantizationError, match="scale"):
         QuantLinear.from_linear(linear, W4A8, "huge")
+
+
+HADAMARD = TransformScheme(kind="hadamard", block=16, sign_seed=3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "int_mm", "expanded", "dequantize"])
+@pytest.mark.parametrize("transform", [TransformScheme(), HADAMARD])
+def test_the_gradient_is_that_of_the_dequantized_weight(backend, transform):
+    torch.manual_seed(0)
+    layer, x, upstream = (
+        QuantLinear.from_linear(nn.Linear(50, 7), W4A8.model_copy(update={"transform": transform})),
+        torch.randn(2, 3, 50),
+        torch.randn(2, 3, 7),
+    )
+    layer.backend = backend
+    with torch.inference_mode():
+        expected = layer(x)  # what it prepares here must do for training too
+    y = layer(x.requires_grad_())
+    y.backward(upstream)
+    assert torch.equal(y, expected) and torch.allclose(x.grad, upstream @ layer.dequantize(), atol=1e-6)
+
+
+def test_its_weight_has_the_look_of_a_weight_and_no_numbers(layer):
+    weight = layer.bfloat16().weight
+    assert (weight.shape, weight.dtype, weight.device.type, weight.data.shape) == ((7, 50), torch.bfloat16, "cpu", (7, 50))
+    for operation in (weight.float, weight.data.clone, lambda: weight.data.add_(1), lambda: setattr(weight, "data", torch.ones(7, 50)), weight.norm):
+        with pytest.raises(UnsupportedModel, match=r"no weight to compute with\n.*integer codes"):
+            operation()
+    with pytest.raises(AttributeError):
+        layer.weight = torch.ones(7, 50)
+
+
+def test_a_layer_without_a_bias_knows_its_dtype_and_device():
+    layer = QuantLinear.from_linear(nn.Linear(32, 3, bias=False).half(), W4A8)
+    assert layer.weight.dtype == torch.float16 and layer.to(torch.bfloat16).weight.dtype == torch.bfloat16
+    assert layer.to("meta").weight.is_meta
