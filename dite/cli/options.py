@@ -15,6 +15,22 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class Effort(StrEnum):
+    """How far a recipe's `auto` goes."""
+
+    fast = "fast"
+    default = "default"
+    high = "high"
+
+
+class Strategy(StrEnum):
+    """How bits, groups and transforms are shared out over the layers."""
+
+    none = "none"
+    dp = "dp"
+    evolution = "evolution"
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or builtin:NAME.", show_default=False)]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe from `dite recipes`, or a YAML file.")]
 Set = Annotated[
@@ -35,3 +51,27 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else goes to stderr.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Draw no progress bar (automatic off a terminal).")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error, and what the libraries say.")]
+EffortLevel = Annotated[
+    Effort | None,
+    typer.Option(
+        "--effort",
+        help="fast: rounding only, seconds. default: calibrates, and chooses rounding and transform for each layer; half a minute for the "
+        "built-in model, about 2 hours for 750 M parameters on 2 cores. high: more transforms, layer after layer; 5 times that.",
+        show_default=False,
+    ),
+]
+SearchStrategy = Annotated[
+    Strategy | None,
+    typer.Option(
+        "--search", help="Share bits, groups and transforms out over the layers within a budget (minutes for the built-in model).", show_default=False
+    ),
+]
+BudgetBytes = Annotated[int | None, typer.Option("--budget-bytes", help="Most bytes of transformer weights on disk.", min=1, show_default=False)]
+BudgetBits = Annotated[
+    float | None, typer.Option("--budget-bits", help="Most bits a quantized weight on average, scales included.", min=0.0, show_default=False)
+]
+BudgetTime = Annotated[
+    float | None,
+    typer.Option("--budget-time", metavar="MS", help="Most milliseconds of the quantized layers in one forward, measured here.", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search of the same model, recipe and output.")]

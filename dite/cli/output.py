@@ -56,7 +56,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress(off: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, moved by calling `tick(stage, done, total)`; one row per stage.
+    """A bar on stderr, moved by calling `tick(what, done, total)`; one row per stage, which is `what` up to a colon.
 
     Drawn by rank 0 only, and not at all off a terminal, where redrawing fills log files.
     """
@@ -65,7 +65,8 @@ def progress(off: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), disable=not drawn) as bars:
         rows: dict[str, Any] = {}
 
-        def tick(stage: str, done: int, total: int) -> None:
+        def tick(what: str, done: int, total: int) -> None:
+            stage = what.partition(":")[0]
             if stage not in rows:
                 rows[stage] = bars.add_task(stage, total=total)
             bars.update(rows[stage], completed=done, total=total)

@@ -1,6 +1,7 @@
 """`dite quantize`: a model, a recipe, a folder."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 from rich.console import Group
@@ -10,7 +11,7 @@ from rich.table import Table
 import dite
 from dite.cli import options
 from dite.cli.output import Answer, megabytes, note, progress
-from dite.errors import UsageError
+from dite.errors import ResumeConflict, UsageError
 from dite.recipe import load_recipe
 
 WORST = 5  # layers shown in the summary; --json has all
@@ -21,15 +22,23 @@ def quantize(
     output: options.Output,
     recipe: options.Recipe = "w4a8",
     set: options.Set = None,
+    effort: options.EffortLevel = None,
+    search: options.SearchStrategy = None,
+    budget_bytes: options.BudgetBytes = None,
+    budget_bits: options.BudgetBits = None,
+    budget_time: options.BudgetTime = None,
     dtype: options.Precision = None,
     overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     no_progress: options.NoProgress = False,
     verbose: options.Verbose = False,
 ) -> Answer:
     """Quantize a model into a folder that plain from_pretrained loads."""
-    chosen = load_recipe(recipe, set)
+    flags = {"effort": effort, "search.strategy": search, "search.budget_bytes": budget_bytes, "search.budget_bits": budget_bits}
+    flags["search.budget_time_ms"] = budget_time
+    chosen = load_recipe(recipe, [*(set or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)])
     from dite.checkpoint.save import check_output  # after the recipe: a typing mistake is answered before torch is loaded
 
     check_output(output, overwrite)
@@ -42,14 +51,42 @@ def quantize(
         from dite.ptq.quantize import plan
 
         return _planned(plan(pipe, chosen), output)
+    journal = journal_of(output) if chosen.search.active else None
+    if journal is not None:
+        check_journal(journal, resume)
     with progress(no_progress) as tick:
-        report = dite.quantize(pipe, chosen, progress=tick)
+        report = dite.quantize(pipe, chosen, progress=tick, journal=journal)
     note(f"writing {output}")
-    dite.save(pipe, output, overwrite=overwrite)
+    dite.save(pipe, output, overwrite=overwrite, attachments=_page(report.plan))
+    if journal is not None:
+        shutil.rmtree(journal)
+    for line in report.notes:
+        note(line)
     for pattern in report.unmatched_patterns:
         note(f"the recipe's pattern {pattern} names no linear of this model")
     document = {"output": str(output)} | report.to_dict()
     return Answer(document, _summary(document, model, report.wide))
+
+
+def journal_of(output: Path) -> Path:
+    """Where a search that writes `output` keeps what it measured."""
+    return output.with_name(output.name + ".journal")
+
+
+def check_journal(journal: Path, resume: bool) -> None:
+    """Raise ResumeConflict when an interrupted search lies there and nobody asked to go on with it."""
+    if journal.exists() and not resume:
+        raise ResumeConflict(f"{journal} holds an interrupted search", "what it measured would be lost", "add --resume, or delete that folder")
+    if resume and not journal.exists():
+        raise ResumeConflict("there is no interrupted search to resume", f"{journal} does not exist", "leave --resume out, or check -o")
+
+
+def _page(plan: dict | None) -> dict[str, str]:
+    if plan is None:
+        return {}
+    from dite_evals.plan_html import plan_html
+
+    return {"plan.html": plan_html(plan)}
 
 
 def _planned(plan, output) -> Answer:
@@ -96,4 +133,7 @@ def _summary(document: dict, model: str, wide: bool) -> Group:
         f"next:  dite generate {quoted} -n 10 --compare {base} -o {shlex.quote(output + '-pictures')}",
         f"       dite eval fidelity {quoted} --baseline {base} --n 32",
     ]
+    if document["search"]:
+        found = document["search"]
+        cost += f"; searched {found['search']['forwards']} sample-forwards, error {found['error']:.4f}; see {output}/plan.html"
     return Group(f"[bold]{escape(output)}[/bold]  {size}", cost, "", *([worst, ""] if measured else []), *map(escape, steps))

@@ -112,7 +112,9 @@ def quantize(
             errors = quantize_linears_(part, plans[name], progress)
             plans[name] = replace(plans[name], layers=[replace(layer, error=errors[layer.name]) for layer in plans[name].layers])
     else:
-        with Journal(Path(journal), _header(found, plans, used)) if journal is not None else nullcontext() as opened:
+        # Rounding to bf16 moves a trajectory about as much as one layer's quantization does: a search compares in float32.
+        precise = _in_float32(unwrap(model)) if used.search.active else nullcontext()
+        with Journal(Path(journal), _header(found, plans, used)) if journal is not None else nullcontext() as opened, precise:
             calls = _calls(model, found, used, opened, progress)
             if used.search.active:
                 plans, result = _search(model, found, plans, calls, used, opened, progress)
@@ -204,19 +206,18 @@ def _search(
     """Search and put what was found into the models; raises before they change, or leaves them as they were."""
     pipe, search = unwrap(model), recipe.search
     conditions = _conditions(model, recipe)
-    with _in_float32(pipe):
-        slots = [slot for name, part in found.items() for slot in build_options(part, plans[name], calls[name], recipe, journal, progress)]
-        budget = limit(search, slots, sum(one.other_bytes for one in plans.values()))
-        guidance, seed = recipe.calibration.guidance, search.seed
-        coarse = Trajectories(pipe, conditions, COARSE, SHORT_STEPS, guidance, seed)
-        fine = Trajectories(pipe, conditions, FINE, SHORT_STEPS, guidance, seed) if search.fitness == "surrogate" else _fid(pipe, search)
-        measured = Plans(slots, fine, coarse, journal, search)
-        try:
-            result = search_plans(measured, budget, search, progress)
-        except BaseException:
-            measured.put([None] * len(slots))
-            raise
-        measured.put(result.choice)
+    slots = [slot for name, part in found.items() for slot in build_options(part, plans[name], calls[name], recipe, journal, progress)]
+    budget = limit(search, slots, sum(one.other_bytes for one in plans.values()))
+    guidance, seed = recipe.calibration.guidance, search.seed
+    coarse = Trajectories(pipe, conditions, COARSE, SHORT_STEPS, guidance, seed)
+    fine = Trajectories(pipe, conditions, FINE, SHORT_STEPS, guidance, seed) if search.fitness == "surrogate" else _fid(pipe, search)
+    measured = Plans(slots, fine, coarse, journal, search)
+    try:
+        result = search_plans(measured, budget, search, progress)
+    except BaseException:
+        measured.put([None] * len(slots))
+        raise
+    measured.put(result.choice)
     chosen = deployed(slots, result)
     for name in found:
         count = len(plans[name].layers)
@@ -236,7 +237,6 @@ def _fid(pipe: Any, search) -> Fid:
 
 @contextmanager
 def _in_float32(pipe: Any) -> Iterator[None]:
-    """Rounding to bf16 moves a trajectory about as much as one layer's quantization: plans are compared in float32."""
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     before = [next((tensor.dtype for tensor in part.parameters()), torch.float32) for part in parts]
     for part in parts:

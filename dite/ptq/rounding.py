@@ -176,7 +176,7 @@ def round_linears_(
             replace_(model, layer.name, found.layer)
             done.append(replace(layer, scheme=found.layer.scheme, rounding=found.rounding, error=found.error))
             if progress:
-                progress(layer.name, len(done), len(plan.layers))
+                progress(f"layers: {layer.name}", len(done), len(plan.layers))
     return replace(plan, layers=done), short
 
 

@@ -159,7 +159,7 @@ def build_options(
                 options.append(Option(built, rounding, error, cost))
             slots.append(Slot(model, layer, linear, undominated(options)))
             if progress:
-                progress(f"options of {layer.name}", len(slots), len(plan.layers))
+                progress(f"options: {layer.name}", len(slots), len(plan.layers))
     return slots
 
 

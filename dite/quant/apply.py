@@ -17,7 +17,7 @@ Progress = Callable[[str, int, int], None]
 def quantize_linears_(model: nn.Module, plan: QuantPlan, progress: Progress | None = None) -> dict[str, float]:
     """Round every planned linear of `model` to nearest, in place; returns each weight's relative error ‖W − Ŵ‖ / ‖W‖.
 
-    `progress(name, done, total)` is called after each layer. Raises QuantizationError at a layer that can't be quantized, those before it done:
+    `progress(what, done, total)` is called after each layer. Raises QuantizationError at a layer that can't be quantized, those before it done:
     call `check_weights` first.
     """
     errors = {}
@@ -27,7 +27,7 @@ def quantize_linears_(model: nn.Module, plan: QuantPlan, progress: Progress | No
         errors[layer.name] = _relative_error(linear.weight, quantized)
         replace_(model, layer.name, quantized)
         if progress:
-            progress(layer.name, index + 1, len(plan.layers))
+            progress(f"layers: {layer.name}", index + 1, len(plan.layers))
     return errors
 
 
