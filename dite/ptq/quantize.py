@@ -239,13 +239,14 @@ def _fid(pipe: Any, search) -> Fid:
 def _in_float32(pipe: Any) -> Iterator[None]:
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     before = [next((tensor.dtype for tensor in part.parameters()), torch.float32) for part in parts]
-    for part in parts:
-        part.float()
+    narrow = [(part, dtype) for part, dtype in zip(parts, before, strict=True) if dtype != torch.float32]
+    for part, _ in narrow:
+        torch.nn.Module.to(part, torch.float32)  # diffusers' own `to` warns of exactly what is wanted here
     try:
         yield
     finally:
-        for part, dtype in zip(parts, before, strict=True):
-            part.to(dtype)
+        for part, dtype in narrow:
+            torch.nn.Module.to(part, dtype)
 
 
 def _header(found: dict[str, Any], plans: dict[str, QuantPlan], recipe: QuantRecipe) -> dict[str, Any]:

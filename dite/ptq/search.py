@@ -229,12 +229,23 @@ def search_plans(plans: Plans, budget: int, search: Search, progress: Progress |
             progress(f"search: {search.strategy}", min(steps[0], total), total)
 
     plans.tick = tick
+    _check_forwards(plans, search)
     costs = [[option.cost for option in slot.options] for slot in plans.slots]
     uniform = uniform_choices(plans.slots)
     compared = [(name, plans.cost(choice), plans.error(choice)) for name, choice in uniform.items()]
     strategy = _dp if search.strategy == "dp" else _evolution
     choice, error, frontier = strategy(plans, costs, budget, search, uniform)
     return Found(choice, error, plans.cost(choice), plans.forwards, time.monotonic() - started, frontier, plans.evaluated, compared)
+
+
+def _check_forwards(plans: Plans, search: Search) -> None:
+    """Raise UsageError when `max_forwards` is not enough to choose at all."""
+    least = (len(uniform_choices(plans.slots)) + 1) * plans.fine.forwards
+    if search.strategy == "dp":
+        least += len(plans.slots) * plans.coarse.forwards
+    if least > search.max_forwards:
+        rule = f"{search.strategy} needs {least} for {len(plans.slots)} layers, max_forwards is {search.max_forwards}"
+        raise UsageError("this search may not run the model often enough", rule, f"set search.max_forwards to {2 * least} or more")
 
 
 def uniform_choices(slots: list[Slot]) -> dict[str, tuple[int, ...]]:
@@ -256,6 +267,7 @@ def _dp(plans: Plans, costs: list[list[int]], budget: int, search: Search, unifo
     table = [_scaled(slot.options, 0, value) for slot, value in zip(slots, single, strict=True)]
     best = knapsack(costs, table, budget)
     frontier = best.frontier
+    # All uniform plans have been measured; `_check_forwards` saw to it that one more can be.
     candidates = [tuple(best.choice), *(choice for choice in uniform.values() if plans.cost(choice) <= budget)]
     choice, error = min(((one, plans.error(one)) for one in candidates), key=lambda pair: pair[1])
     try:
