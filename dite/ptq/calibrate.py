@@ -43,6 +43,7 @@ class LayerInputs:
     rows: list[torch.Tensor] = field(default_factory=list)
     total: torch.Tensor | None = None
     peaks: torch.Tensor | None = None
+    curvatures: dict[Any, Any] = field(default_factory=dict)  # factorisations of the moments, kept by whoever makes them
 
     def add(self, moments: torch.Tensor, total: torch.Tensor, peaks: torch.Tensor, count: int) -> None:
         """Count in some more rows."""

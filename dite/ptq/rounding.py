@@ -9,7 +9,7 @@ from torch import nn
 
 from dite.ptq.calibrate import Calls, LayerInputs, observe
 from dite.quant.apply import Progress, replace_
-from dite.quant.gptq import SingularHessian, gptq
+from dite.quant.gptq import SingularHessian, curvature, gptq
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import LayerPlan, QuantPlan
 from dite.quant.scheme import LayerScheme, TransformScheme
@@ -131,13 +131,15 @@ def _finite(error: float | None) -> float:
 
 def _rounded(linear: nn.Linear, scheme: LayerScheme, inputs: LayerInputs, trial: Trial, choices: Choices, name: str) -> QuantLinear:
     smooth = smooth_scale(inputs.peaks, linear.weight, trial.strength) if trial.basis.smooths else None
-    moments = _transformed(inputs.moments, trial.basis, smooth)
 
     def by_gptq(weight: torch.Tensor, spec: LinearSpec) -> QuantTensor:
-        return gptq(weight, moments, spec, ordered=choices.ordered, shrink=choices.shrink)
+        key = (trial.basis.kind, trial.strength, choices.ordered)
+        if key not in inputs.curvatures:
+            inputs.curvatures[key] = curvature(_transformed(inputs.moments, trial.basis, smooth), ordered=choices.ordered)
+        return gptq(weight, inputs.curvatures[key], spec, ordered=choices.ordered, shrink=choices.shrink)
 
     def factor(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return low_rank(weight, moments, rank)
+        return low_rank(weight, _transformed(inputs.moments, trial.basis, smooth), rank)
 
     chosen = scheme.model_copy(update={"transform": trial.basis, "rank": min(trial.rank, linear.in_features, linear.out_features)})
     return QuantLinear.from_linear(linear, chosen, name, by_gptq if trial.rounding == "gptq" else quantize_weight, smooth, factor)
@@ -169,8 +171,8 @@ def round_linears_(
         short += [layer.name for layer in some if layer.name in inputs and inputs[layer.name].count < needed(layer)]
         for layer in some:
             linear = model.get_submodule(layer.name)
-            if layer.name in inputs:
-                found = round_layer(linear, layer.scheme, layer.kind, inputs[layer.name], choices, layer.name)
+            if layer.name in inputs:  # taken out: its moments and their factorisations are large
+                found = round_layer(linear, layer.scheme, layer.kind, inputs.pop(layer.name), choices, layer.name)
             else:  # a layer that the model's forward never called
                 found = Rounded(QuantLinear.from_linear(linear, layer.scheme, layer.name), "nearest", None)
             replace_(model, layer.name, found.layer)

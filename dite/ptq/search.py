@@ -157,6 +157,7 @@ def build_options(
                 if timer is not None:
                     cost = timer.microseconds(built, inputs[layer.name].count // max(1, len(calls.calibration)) if layer.name in inputs else 1)
                 options.append(Option(built, rounding, error, cost))
+            inputs.pop(layer.name, None)  # its factorisations take as much memory as its moments
             slots.append(Slot(model, layer, linear, undominated(options)))
             if progress:
                 progress(f"options: {layer.name}", len(slots), len(plan.layers))

@@ -37,9 +37,25 @@ class _Grid:
         return codes, (codes - zero) * scale
 
 
+@dataclass(frozen=True)
+class Curvature:
+    """What GPTQ needs of a Hessian, whatever the bits and groups: the order of the columns, the factor in that order, each column's importance."""
+
+    order: torch.Tensor
+    factor: torch.Tensor
+    importance: torch.Tensor
+
+
+def curvature(hessian: torch.Tensor, *, ordered: bool = False) -> Curvature:
+    """Factorise `hessian` [K, K] once for many calls of `gptq`. Raises SingularHessian for NaN and inf."""
+    columns = len(hessian)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(columns, device=hessian.device)
+    return Curvature(order, inverse_factor(hessian[order][:, order]), _importance(hessian.diagonal()))
+
+
 @torch.no_grad()
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, spec: LinearSpec, *, ordered: bool = False, shrink: bool = False) -> QuantTensor:
-    """Quantize `weight` [N, K] for inputs whose second moments are `hessian` [K, K] (any positive multiple of X Xᵀ).
+def gptq(weight: torch.Tensor, hessian: torch.Tensor | Curvature, spec: LinearSpec, *, ordered: bool = False, shrink: bool = False) -> QuantTensor:
+    """Quantize `weight` [N, K] for inputs whose second moments are `hessian` [K, K] (any positive multiple of X Xᵀ), or their `curvature`.
 
     `ordered` rounds the columns with the largest moments first, on ranges fixed beforehand; otherwise columns go left to right and a group's range
     is taken when its turn comes, corrections included. `shrink` lets a range leave out extremes where that lowers the error. Raises
@@ -47,9 +63,9 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, spec: LinearSpec, *, order
     """
     work = weight.detach().float().clone()
     width = affine.group_width(spec.in_features, spec.group_size)
-    order = hessian.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(spec.in_features, device=work.device)
-    factor = inverse_factor(hessian[order][:, order])
-    moments = _importance(hessian.diagonal()) if shrink else None
+    known = hessian if isinstance(hessian, Curvature) else curvature(hessian, ordered=ordered)
+    order, factor = known.order, known.factor
+    moments = known.importance if shrink else None
     grids = [_grid(work, spec, moments)] if ordered else []
     work = work[:, order]
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)

@@ -35,7 +35,12 @@ def export(train: Split, test: Split, run: Run, preset: str, vae, transformer) -
     folder = run.folder / run.name
     shutil.rmtree(folder, ignore_errors=True)
     pipe = build_pipeline(run, train.names, vae, transformer)
-    metrics = {"preset": preset, "hours": {stage: round(hours_spent(run, stage), 2) for stage in ("vae", "classifier", "dit")}}
+    metrics = {
+        "name": run.name,
+        "parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters()),
+        "preset": preset,
+        "hours": {stage: round(hours_spent(run, stage), 2) for stage in ("vae", "classifier", "dit")},
+    }
     metrics |= json.loads((run.folder / "settings.json").read_text())
     notes = run.folder / NOTES
     metrics["notes"] = notes.read_text().strip() if notes.exists() else "none"
@@ -87,14 +92,17 @@ def trained_classifier(run: Run, num_classes: int) -> SmallClassifier:
 
 def model_card(metrics: dict, fid: dict | None) -> str:
     """README.md of the folder; `fid` is the report of its samples."""
-    hours, settings = metrics["hours"], metrics["dit"]
+    hours, settings, shape = metrics["hours"], metrics["dit"], metrics["model"]
+    tokens, width = (8 // shape["patch_size"]) ** 2, 64 * shape["num_heads"]
+    layout = f"{shape['num_layers']} blocks, width {width}, {shape['num_heads']} heads, patch {shape['patch_size']} ({tokens} tokens)"
+    name, size = metrics["name"], f"{metrics['parameters'] / 1e6:.1f} M parameters"
     accuracy, psnr = f"{metrics['classifier_accuracy']:.1%}", f"{metrics['vae_psnr_db']:.1f} dB"
     real, floor = f"{metrics['fid_test_images']:.3f}", f"{metrics['fid_vae_reconstructions']:.3f}"
     return f"""---
 license: apache-2.0
 library_name: diffusers
 ---
-# cifar10-dit
+# {name}
 
 A small class-conditional latent diffusion transformer that ships with dite, so that everything dite does can be tried, measured and tested offline.
 
@@ -103,7 +111,7 @@ A small class-conditional latent diffusion transformer that ships with dite, so 
 | part | what |
 |---|---|
 | data | CIFAR-10 training images (50,000 of 32×32 in 10 classes; as JPEG), random flips |
-| transformer | `DiTTransformer2DModel`: 10 blocks, width 256, 4 heads, patch 2 (16 tokens), 15.8 M parameters, v-prediction |
+| transformer | `DiTTransformer2DModel`: {layout}, {size}, v-prediction |
 | autoencoder | `AutoencoderKL`: f=4, 4 latent channels, 1.6 M parameters; {psnr} on the test images |
 | classifier | `SmallClassifier` of `dite_evals`: {accuracy} of the test images right; 192 features for FID |
 | recipe | `recipes/cifar10_dit`, preset `{metrics["preset"]}`: {settings["epochs"]:g} epochs, batch {settings["batch_size"]}, EMA {settings["ema"]} |
@@ -113,18 +121,18 @@ A small class-conditional latent diffusion transformer that ships with dite, so 
 
 FID here is under the bundled classifier against the 50,000 training images, and compares with nothing but itself:
 real test images {real}, their reconstructions by the autoencoder {floor}
-(the floor of anything sampled), each with N = {metrics["fid_n"]}. {fid_sentence(fid)}
+(the floor of anything sampled), each with N = {metrics["fid_n"]}. {fid_sentence(name, fid)}
 
 Labels are 0 to 9; the null label of classifier-free guidance is 1000, as DiTPipeline wants it.
 """
 
 
-def fid_sentence(report: dict | None) -> str:
+def fid_sentence(name: str, report: dict | None) -> str:
     """The samples' own figure, or how to get it."""
     if report is None:
-        return "FID of samples is measured by `dite eval fid builtin:cifar10-dit --protocol cifar10-5k`."
+        return f"FID of samples is measured by `dite eval fid builtin:{name} --protocol cifar10-5k`."
     metrics, settings = report["metrics"], report["configuration"]
     low, high = metrics["interval"]
     how = f"{settings['steps']} steps, guidance {settings['guidance']}, seed {settings['seed']}, {settings['dtype']}"
     value = f"**{metrics['fid']:.2f}** [{low:.2f}, {high:.2f}]"
-    return f"Samples: {value}, N = {metrics['n']}, {how}\n(`dite eval fid builtin:{NAME} --protocol cifar10-5k`)."
+    return f"Samples: {value}, N = {metrics['n']}, {how}\n(`dite eval fid builtin:{name} --protocol cifar10-5k`)."

@@ -16,7 +16,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def folder(tiny_pipeline, tmp_path):
-    dite.quantize(tiny_pipeline, "w4a8")
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
     return dite.save(tiny_pipeline, tmp_path / "q")
 
 
@@ -191,7 +191,7 @@ def test_an_empty_folder_holds_no_model(tmp_path):
 def test_a_tensor_that_the_scheme_has_no_place_for_is_refused(tiny_pipeline, tmp_path):
     from diffusers import DiTPipeline
 
-    dite.quantize(tiny_pipeline, "w4a8")
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
     dite.save(tiny_pipeline, tmp_path / "q")
     (tmp_path / "q" / "dite_manifest.json").unlink()
     path = tmp_path / "q" / "transformer" / "config.json"
@@ -202,7 +202,7 @@ def test_a_tensor_that_the_scheme_has_no_place_for_is_refused(tiny_pipeline, tmp
 
 
 def test_a_quantized_model_whose_configuration_is_gone_is_refused(tiny_pipeline, tmp_path):
-    dite.quantize(tiny_pipeline, "w4a8")
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
     dite.save(tiny_pipeline, tmp_path / "q")
     (tmp_path / "q" / "dite_manifest.json").unlink()
     path = tmp_path / "q" / "transformer" / "config.json"

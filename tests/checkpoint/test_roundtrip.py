@@ -23,7 +23,7 @@ def output(model):
 def test_a_reloaded_model_computes_the_same_bits(family_model, dtype, tmp_path):
     family_model.save_pretrained(tmp_path / "fp")
     model = type(family_model).from_pretrained(tmp_path / "fp", torch_dtype=dtype)
-    dite.quantize(model, "w4a8")
+    dite.quantize(model, "w4a8", effort="fast")
     dite.save(model, tmp_path / "q")
     expected = output(model)
     assert torch.equal(output(dite.load(tmp_path / "q", dtype=dtype)), expected)
@@ -32,20 +32,20 @@ def test_a_reloaded_model_computes_the_same_bits(family_model, dtype, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w6a8", "w4a4"])
 def test_every_recipe_survives_a_plain_diffusers_round_trip(tiny_pipeline, recipe, tmp_path):
-    dite.quantize(tiny_pipeline, recipe)
+    dite.quantize(tiny_pipeline, recipe, effort="fast")
     tiny_pipeline.save_pretrained(tmp_path / "q")
     assert torch.equal(output(DiTPipeline.from_pretrained(tmp_path / "q").transformer), output(tiny_pipeline.transformer))
 
 
 def test_shards_give_the_same_model(tiny_pipeline, tmp_path):
-    dite.quantize(tiny_pipeline, "w4a8")
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
     tiny_pipeline.save_pretrained(tmp_path / "q", max_shard_size="100KB")
     assert len(list((tmp_path / "q" / "transformer").glob("*.safetensors"))) > 1
     assert torch.equal(output(DiTPipeline.from_pretrained(tmp_path / "q").transformer), output(tiny_pipeline.transformer))
 
 
 def test_loading_in_bf16_keeps_the_stored_scales(tiny_pipeline, tmp_path):
-    dite.quantize(tiny_pipeline, "w4a8")
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
     dite.save(tiny_pipeline, tmp_path / "q")
     loaded = quantized_layers(dite.load(tmp_path / "q", dtype="bfloat16").transformer)
     for name, layer in quantized_layers(tiny_pipeline.transformer).items():
@@ -53,7 +53,7 @@ def test_loading_in_bf16_keeps_the_stored_scales(tiny_pipeline, tmp_path):
 
 
 def test_a_saved_quantized_model_can_be_loaded_and_saved_again(tiny_pipeline, tmp_path):
-    dite.quantize(tiny_pipeline, "w4a8")
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
     dite.save(tiny_pipeline, tmp_path / "a")
     dite.save(dite.load(tmp_path / "a"), tmp_path / "b")
     names = ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "model_index.json"]
@@ -65,7 +65,7 @@ def test_quantizing_while_loading_equals_quantizing_after(tiny_pipeline, tmp_pat
     tiny_pipeline.save_pretrained(tmp_path / "fp")
     config = PipelineQuantizationConfig(quant_mapping={"transformer": dite.DiteConfig("w4a8")})
     while_loading = DiTPipeline.from_pretrained(tmp_path / "fp", quantization_config=config)
-    dite.quantize(tiny_pipeline, "w4a8")
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
     assert torch.equal(output(while_loading.transformer), output(tiny_pipeline.transformer))
     while_loading.save_pretrained(tmp_path / "q")
     assert torch.equal(output(dite.load(tmp_path / "q").transformer), output(tiny_pipeline.transformer))
@@ -81,7 +81,7 @@ def test_class_names_survive_and_machine_paths_do_not(tiny_pipeline, tmp_path):
 
 def test_the_recipe_is_stored_and_survives_another_save(tiny_pipeline, tmp_path):
     recipe = load_recipe("w4a8", ["defaults.token.weight.group_size=64"])
-    dite.quantize(tiny_pipeline, recipe)
+    dite.quantize(tiny_pipeline, recipe, effort="fast")
     dite.save(tiny_pipeline, tmp_path / "q")
     dite.save(dite.load(tmp_path / "q"), tmp_path / "again")
     for folder in ("q", "again"):
@@ -89,7 +89,7 @@ def test_the_recipe_is_stored_and_survives_another_save(tiny_pipeline, tmp_path)
 
 
 def test_the_configuration_lists_every_quantized_layer(tiny_pipeline, tmp_path):
-    dite.quantize(tiny_pipeline, "w4a8")
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
     dite.save(tiny_pipeline, tmp_path / "q")
     stored = json.loads((tmp_path / "q" / "transformer" / "config.json").read_text())["quantization_config"]
     assert stored["quant_method"] == "dite" and stored["format_version"] == 1
@@ -102,7 +102,7 @@ def test_an_existing_output_is_not_touched_unless_asked(tiny_pipeline, tmp_path)
     with pytest.raises(OutputExists):
         dite.save(tiny_pipeline, tmp_path / "q")
     assert (tmp_path / "q" / MANIFEST).read_bytes() == before
-    dite.quantize(tiny_pipeline, "w4a8")
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
     dite.save(tiny_pipeline, tmp_path / "q", overwrite=True)
     verify_folder(tmp_path / "q")
     assert [path.name for path in tmp_path.iterdir()] == ["q"]

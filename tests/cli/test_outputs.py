@@ -11,7 +11,7 @@ import dite
 @pytest.fixture
 def small(run, model_folder, tmp_path):
     """The tiny model, quantized."""
-    assert run("quantize", model_folder, "-o", tmp_path / "small").code == 0
+    assert run("quantize", model_folder, "-o", tmp_path / "small", "--effort", "fast").code == 0
     return tmp_path / "small"
 
 
@@ -34,7 +34,7 @@ def test_a_dry_run_names_a_conflict_too(run, small, model_folder):
 
 def test_overwriting_keeps_files_that_no_model_put_there(run, small, model_folder):
     (small / "NOTES.txt").write_text("mine")
-    outcome = run("quantize", model_folder, "-o", small, "--overwrite")
+    outcome = run("quantize", model_folder, "-o", small, "--overwrite", "--effort", "fast")
     assert outcome.code == 2 and "NOTES.txt" in outcome.err and (small / "NOTES.txt").read_text() == "mine"
 
 
@@ -51,7 +51,7 @@ def test_every_file_of_a_model_is_as_readable_as_the_umask_allows(small):
 
 
 def test_hints_quote_what_a_shell_would_split(run, model_folder, tmp_path):
-    outcome = run("quantize", model_folder, "-o", tmp_path / "my model")
+    outcome = run("quantize", model_folder, "-o", tmp_path / "my model", "--effort", "fast")
     assert f"'{tmp_path / 'my model'}'" in outcome.out
 
 
@@ -76,9 +76,9 @@ def test_more_steps_than_the_sampler_has_are_refused(run, model_folder, tmp_path
 
 
 def test_what_stays_wide_is_told(run, model_folder, tmp_path):
-    outcome = run("quantize", model_folder, "-o", tmp_path / "wide")  # the tiny model is stored in float32
+    outcome = run("quantize", model_folder, "-o", tmp_path / "wide", "--effort", "fast")  # the tiny model is stored in float32
     assert "--dtype bfloat16" in outcome.out
-    document = run("quantize", model_folder, "--dtype", "bfloat16", "-o", tmp_path / "narrow", "--json").document
+    document = run("quantize", model_folder, "--dtype", "bfloat16", "-o", tmp_path / "narrow", "--effort", "fast", "--json").document
     assert document["bytes"] <= 1.02 * document["bf16_bytes"]
 
 

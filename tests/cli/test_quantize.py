@@ -10,7 +10,7 @@ from dite.recipe import load_recipe
 @pytest.fixture
 def quantize(run, model_folder, tmp_path):
     """Run `dite quantize` on the tiny model into tmp/small."""
-    return lambda *arguments: run("quantize", model_folder, "-o", tmp_path / "small", *arguments)
+    return lambda *arguments: run("quantize", model_folder, "-o", tmp_path / "small", "--effort", "fast", *arguments)
 
 
 def test_the_document_has_the_keys_that_scripts_rely_on(quantize, tmp_path):

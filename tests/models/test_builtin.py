@@ -46,7 +46,7 @@ def test_its_pictures_are_recognised_as_their_classes():
 @pytest.mark.parametrize(("recipe", "limit"), [("w8a8", 0.05), ("w4a8", 0.5)])
 def test_quantizing_it_costs_little(recipe, limit):
     original, small = (load_pipeline("builtin:cifar10-dit", dtype="float32") for _ in range(2))
-    dite.quantize(small, recipe)
+    dite.quantize(small, recipe, effort="fast")
     ours, theirs = (torch.stack([one.latent for one in draw(pipe, CLASSES)]) for pipe in (small, original))
     assert (ours - theirs).norm() / theirs.norm() < limit
 

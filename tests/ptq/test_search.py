@@ -22,9 +22,7 @@ def layers_of(pipe):
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(
-        first[name][0] == second[name][0] and torch.equal(first[name][1], second[name][1]) for name in first
-    )
+    return first.keys() == second.keys() and all(first[name][0] == second[name][0] and torch.equal(first[name][1], second[name][1]) for name in first)
 
 
 @pytest.fixture

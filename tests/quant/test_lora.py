@@ -56,7 +56,7 @@ def pipeline(model):
 def pair(request, build_model, tmp_path):
     """A full-precision pipeline, a quantized one of the same weights, and a folder with two adapters made for the first."""
     full, small = build_model(request.param), build_model(request.param)
-    dite.quantize(small, "w4a8")
+    dite.quantize(small, "w4a8", effort="fast")
     for seed, name in enumerate(("one", "two")):
         trained = inject(build_model(request.param), seed)
         layers = peft.get_peft_model_state_dict(trained)
@@ -69,7 +69,7 @@ def load(pipe, folder, name="one"):
 
 
 def test_an_adapted_layer_adds_the_adapter_to_the_quantized_output(family_model):
-    dite.quantize(family_model, "w4a8")
+    dite.quantize(family_model, "w4a8", effort="fast")
     inject(family_model)
     name = next(name for name in adapted_layers(family_model) if isinstance(family_model.get_submodule(name).base_layer, QuantLinear))
     layer, x = family_model.get_submodule(name), torch.randn(5, 48)
@@ -80,7 +80,7 @@ def test_an_adapted_layer_adds_the_adapter_to_the_quantized_output(family_model)
 @pytest.mark.parametrize("name", WITHOUT_LOADER)
 def test_an_injected_adapter_has_the_effect_it_has_at_full_precision(build_model, name):
     full, small = build_model(name), build_model(name)
-    dite.quantize(small, "w8a8")
+    dite.quantize(small, "w8a8", effort="fast")
     plain_full, plain_small = output(full), output(small)
     adapted = output(inject(full))
     effect, expected = output(inject(small)) - plain_small, adapted - plain_full
@@ -90,7 +90,7 @@ def test_an_injected_adapter_has_the_effect_it_has_at_full_precision(build_model
 @pytest.mark.parametrize("name", WITHOUT_LOADER)
 def test_an_injected_adapter_comes_off_without_a_trace(build_model, name):
     model = build_model(name)
-    dite.quantize(model, "w4a8")
+    dite.quantize(model, "w4a8", effort="fast")
     before, layers = output(model), quantized_layers(model)
     assert not torch.equal(output(inject(model)), before)
     remove(model)
@@ -162,7 +162,7 @@ def test_fusing_is_refused_before_anything_changes(pair):
 @pytest.mark.parametrize("safe", [False, True])
 def test_merging_through_peft_is_refused_and_changes_no_code(build_model, safe):
     model = build_model("DiTTransformer2DModel")
-    dite.quantize(model, "w4a8")
+    dite.quantize(model, "w4a8", effort="fast")
     state = copy.deepcopy(model.state_dict())
     wrapped = peft.get_peft_model(model, config())
     with pytest.raises(UnsupportedModel, match="no weight to compute with"):
@@ -174,14 +174,14 @@ def test_merging_through_peft_is_refused_and_changes_no_code(build_model, safe):
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
 def test_adapters_that_need_the_weight_itself_are_refused(build_model, options):
     model = build_model("DiTTransformer2DModel")
-    dite.quantize(model, "w4a8")
+    dite.quantize(model, "w4a8", effort="fast")
     with pytest.raises(UnsupportedModel, match="a plain LoRA adapter works unfused"):
         inject(model, **options)
 
 
 def test_training_an_adapter_leaves_the_codes_and_lowers_the_loss(build_model):
     model = build_model("PixArtTransformer2DModel")
-    dite.quantize(model, "w4a8")
+    dite.quantize(model, "w4a8", effort="fast")
     codes = {name: layer.qdata.clone() for name, layer in quantized_layers(model).items()}
     target = output(model) + 0.1
     torch.manual_seed(0)
@@ -211,7 +211,7 @@ def test_a_copy_of_an_adapted_model_is_adapted_too(pair):
 def test_quantizing_with_adapters_attached_is_refused(build_model):
     model = inject(build_model("SD3Transformer2DModel"))
     with pytest.raises(UsageError, match=r"has adapters attached and can't be quantized\n.*transformer_blocks\.0\.attn\.to_q\nfuse them"):
-        dite.quantize(model, "w4a8")
+        dite.quantize(model, "w4a8", effort="fast")
     assert not quantized_layers(model) and not dite.inspect(model).supports["quantize"]["ok"]
 
 
@@ -222,7 +222,7 @@ def test_fused_and_unloaded_adapters_are_quantized_with_the_model(pair):
     adapted = output(full.transformer)
     full.fuse_lora(components=["transformer"])
     full.unload_lora_weights()
-    dite.quantize(full, "w8a8")
+    dite.quantize(full, "w8a8", effort="fast")
     assert (output(full.transformer) - adapted).norm() < 0.1 * (adapted - before).norm()
 
 
