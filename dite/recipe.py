@@ -140,7 +140,8 @@ class QuantRecipe(Strict):
     @property
     def calibrated(self) -> bool:
         """Whether the model must be run to carry this recipe out."""
-        return self.search.active or self.rounding != "nearest" or self.transform != "none"
+        rounds_only = self.lenient and (self.effort == "fast" or (self.rounding, self.transform) == ("nearest", "none"))
+        return not rounds_only
 
     @property
     def lenient(self) -> bool:
@@ -148,8 +149,8 @@ class QuantRecipe(Strict):
         return not self.search.active and self.rounding in ("nearest", "auto") and self.transform in ("none", "auto")
 
     def uncalibrated(self) -> QuantRecipe:
-        """The same with `auto` settled without calibration: rounding to nearest, no transform."""
-        return self.model_copy(update={"rounding": "nearest", "transform": "none", "effort": "fast"})
+        """The same, with `auto` settled without calibration; only for a lenient recipe."""
+        return self.model_copy(update={"effort": "fast"})
 
     def names(self, name: str) -> bool:
         """Whether a pattern gives layer `name` a weight scheme: then it is quantized even outside the blocks."""
@@ -192,8 +193,7 @@ def load_recipe(source: str | Path | dict | QuantRecipe, overrides: list[str] | 
         values = _read(source)
     for override in overrides or []:
         values = override_key(values, override)
-    recipe = validate(QuantRecipe, values)
-    return recipe.uncalibrated() if recipe.effort == "fast" and recipe.lenient else recipe
+    return validate(QuantRecipe, values)
 
 
 def recipe_names(kind: str = "quant") -> list[str]:

@@ -80,8 +80,8 @@ def test_class_names_survive_and_machine_paths_do_not(tiny_pipeline, tmp_path):
 
 
 def test_the_recipe_is_stored_and_survives_another_save(tiny_pipeline, tmp_path):
-    recipe = load_recipe("w4a8", ["defaults.token.weight.group_size=64"])
-    dite.quantize(tiny_pipeline, recipe, effort="fast")
+    recipe = load_recipe("w4a8", ["defaults.token.weight.group_size=64", "effort=fast"])
+    dite.quantize(tiny_pipeline, recipe)
     dite.save(tiny_pipeline, tmp_path / "q")
     dite.save(dite.load(tmp_path / "q"), tmp_path / "again")
     for folder in ("q", "again"):

@@ -23,7 +23,7 @@ def test_the_document_has_the_keys_that_scripts_rely_on(quantize, tmp_path):
 
 def test_the_resolved_recipe_lies_in_the_output_and_is_valid_input(quantize, tmp_path):
     quantize("--set", "defaults.token.weight.group_size=64")
-    assert load_recipe(tmp_path / "small" / "recipe.yaml") == load_recipe("w4a8", ["defaults.token.weight.group_size=64"])
+    assert load_recipe(tmp_path / "small" / "recipe.yaml") == load_recipe("w4a8", ["defaults.token.weight.group_size=64", "effort=fast"])
 
 
 def test_a_person_is_told_the_ratio_and_what_to_do_next(quantize):

@@ -9,6 +9,7 @@ from dite.errors import UsageError
 from dite.models.families import example_inputs
 from dite.ptq import rounding
 from dite.ptq.calibrate import LayerInputs
+from dite.ptq.plan_document import transform_name
 from dite.ptq.rounding import Choices, output_error, round_layer
 from dite.quant.apply import quantized_layers
 from dite.quant.linear import QuantLinear
@@ -125,12 +126,56 @@ def test_a_recipe_that_calibrates_is_refused_while_loading(tiny_pipeline, tmp_pa
     from diffusers import DiTTransformer2DModel
 
     tiny_pipeline.transformer.save_pretrained(tmp_path / "t")
-    recipe = load_recipe("w4a8", CALIBRATED)
+    recipe = load_recipe("w4a8", [*QUICK, "rounding=gptq"])
     with pytest.raises(UsageError, match="while loading"):
         DiTTransformer2DModel.from_pretrained(tmp_path / "t", quantization_config=dite.DiteConfig(recipe))
 
 
+def test_a_recipe_that_leaves_it_to_auto_is_rounded_while_loading_and_says_so(tiny_pipeline, tmp_path, caplog):
+    from diffusers import DiTTransformer2DModel
+
+    tiny_pipeline.transformer.save_pretrained(tmp_path / "t")
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "t", quantization_config=dite.DiteConfig("w4a8"))
+    assert "rounds to nearest" in caplog.text
+    dite.quantize(tiny_pipeline, "w4a8", effort="fast")
+    for name, layer in quantized_layers(tiny_pipeline.transformer).items():
+        assert torch.equal(layer.qdata, loaded.get_submodule(name).qdata)
+
+
 def test_a_bare_model_cannot_be_calibrated_and_stays_as_it_was(tiny_pipeline):
     with pytest.raises(UsageError, match="calibrates"):
-        dite.quantize(tiny_pipeline.transformer, "w4a8", overrides=CALIBRATED)
+        dite.quantize(tiny_pipeline.transformer, "w4a8", overrides=[*QUICK, "transform=hadamard"])
     assert not quantized_layers(tiny_pipeline.transformer)
+
+
+def test_a_bare_model_is_rounded_where_the_recipe_leaves_it_to_auto_and_the_report_says_so(tiny_pipeline):
+    report = dite.quantize(tiny_pipeline.transformer, "w4a8")
+    assert "not calibrated" in report.notes[0] and {row["rounding"] for row in report.layers} == {"nearest"}
+
+
+@pytest.mark.parametrize("transform", ["smooth", "smooth+hadamard", "lowrank", "hadamard+lowrank", "smooth+lowrank"])
+def test_every_transform_is_at_least_as_good_as_none_where_channels_stand_out(problem, transform):
+    assert best(problem, transform=transform).error < best(problem, transform="none").error
+    assert transform_name(best(problem, transform=transform).layer.scheme) == transform
+
+
+def test_a_bias_is_corrected_where_that_helps(problem):
+    linear, inputs = problem
+    shifted = inputs_of(inputs.rows[0] + 3, inputs.rows[0] + 3)
+    found = round_layer(linear, W4A4, "token", shifted, Choices("none", "nearest"))
+    assert not torch.equal(found.layer.bias, linear.bias)
+    assert found.error < output_error(linear, QuantLinear.from_linear(linear, W4A4), shifted.rows[0])
+
+
+@pytest.mark.parametrize("transform", ["smooth+hadamard", "smooth+lowrank"])
+def test_a_transformed_model_reloads_bit_identical_in_half_precision(tiny_pipeline, tmp_path, transform):
+    from diffusers import DiTPipeline
+
+    tiny_pipeline.to(torch.bfloat16)
+    dite.quantize(tiny_pipeline, "w4a8", overrides=[*QUICK, f"transform={transform}", "rank=4"])
+    dite.save(tiny_pipeline, tmp_path / "q")
+    inputs = example_inputs(tiny_pipeline.transformer)
+    with torch.no_grad():
+        wanted = tiny_pipeline.transformer(**inputs)[0]
+        for loaded in (dite.load(tmp_path / "q", dtype="bfloat16"), DiTPipeline.from_pretrained(tmp_path / "q", torch_dtype=torch.bfloat16)):
+            assert torch.equal(loaded.transformer(**inputs)[0], wanted)

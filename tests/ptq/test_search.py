@@ -138,7 +138,7 @@ def test_a_journal_of_another_recipe_or_model_is_refused(tiny_pipeline, twin, tm
 def test_nan_in_calibration_names_the_layer(tiny_pipeline):
     with torch.no_grad():
         tiny_pipeline.transformer.pos_embed.proj.bias.fill_(float("nan"))
-    with pytest.raises((QuantizationError, dite.errors.DiteError), match="NaN|not finite"):
+    with pytest.raises((QuantizationError, dite.errors.DiteError), match=r"NaN|not finite"):
         dite.quantize(tiny_pipeline, "w4a8", overrides=DP)
 
 

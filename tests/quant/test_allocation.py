@@ -1,6 +1,6 @@
 """Sharing a budget out: the knapsack is optimal and never overspends; evolution never overspends and repeats itself."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -53,7 +53,7 @@ def test_the_frontier_falls_as_the_budget_grows():
     costs, errors = [[1, 5, 9]] * 4, [[9.0, 3.0, 1.0]] * 4
     frontier = knapsack(costs, errors, 36).frontier
     assert frontier[0] == (4, 36.0) and frontier[-1] == (36, 4.0)
-    assert all(a[0] < b[0] and a[1] > b[1] for a, b in zip(frontier, frontier[1:], strict=False))
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(frontier))
 
 
 def test_an_infeasible_budget_says_what_the_least_is():
