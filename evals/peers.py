@@ -20,7 +20,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,6 @@ from torch import nn
 
 import dite
 from dite.errors import DiteError, QuantizationError
-from dite.evaluation import plain_tensors
-from dite.models.access import the_denoiser
-from dite.models.planning import baseline_bytes
-from dite.ptq.quantize import plan
 from dite_evals.report import environment
 from peer_calls import PEERS, Peer
 
@@ -112,17 +109,16 @@ def fidelity(peer: Peer, arguments: argparse.Namespace, dtype: str) -> dict[str,
     """Sizes, time and quality of one setting, computed in `dtype`."""
     pipe, seconds = build(peer, arguments.model, dtype)
     stored, again = build(peer, arguments.model, STORED_DTYPE)
-    layers = layers_of(pipe)
-    size, packed = stored_bytes(the_denoiser(stored).state_dict(), layers)
-    wide, _ = stored_bytes(the_denoiser(pipe).state_dict(), layers)
-    baseline = baseline_bytes(the_denoiser(dite.Pipeline.from_pretrained(arguments.model)))
+    layers, baseline = given(arguments.model)
+    size, packed = stored_bytes(stored.transformer.state_dict(), layers)
+    wide, _ = stored_bytes(pipe.transformer.state_dict(), layers)
     facts = {"dtype": dtype, "layers": len(layers), "bytes": size, "ratio": baseline / size}
     facts |= {"bytes_if_packed": packed} if packed != size else {}
     facts |= {"bytes_float32_scales": wide} if dtype == "float32" and wide != size else {}
-    left = sorted(layers - touched(the_denoiser(pipe).state_dict(), layers))
+    left = sorted(layers - touched(pipe.transformer.state_dict(), layers))
     facts |= {"left_alone": left} if left else {}
     if peer.weights_only:
-        expand_(the_denoiser(pipe), layers)
+        expand_(pipe.transformer, layers)
         facts["expanded"] = True
     found = dite.evaluate(pipe, "fidelity-128", baseline=arguments.model, **FIDELITY, dtype=dtype, n=arguments.n)
     facts |= {key: found[key] for key in ("n", "psnr", "ssim", "latent_relative_error", "per_step_error")}
@@ -131,13 +127,13 @@ def fidelity(peer: Peer, arguments: argparse.Namespace, dtype: str) -> dict[str,
 
 def build(peer: Peer, model: str, dtype: str) -> tuple[Any, float]:
     """The model as the peer quantizes it, and how many seconds that took."""
-    pipe = dite.Pipeline.from_pretrained(model, dtype=dtype)
-    layers = layers_of(pipe)
-    before = {name: value.dtype for name, value in the_denoiser(pipe).state_dict().items()}
+    pipe, (layers, _) = dite.Pipeline.from_pretrained(model, dtype=dtype), given(model)
+    before = {name: value.dtype for name, value in pipe.transformer.state_dict().items()}
+    torch.manual_seed(0)  # a truncated SVD starts from noise
     start = time.perf_counter()
-    peer.quantize_(the_denoiser(pipe), layers)
+    peer.quantize_(pipe.transformer, layers)
     seconds = time.perf_counter() - start
-    after = plain_tensors(the_denoiser(pipe).state_dict())
+    after = plain_tensors(pipe.transformer.state_dict())
     others = [name for name, value in after if owner(name, layers) is None and before.get(name) != value.dtype]
     assert not others, f"{peer} changed {others[0]}, which it was not given"
     return pipe, seconds
@@ -168,9 +164,20 @@ def expand_(transformer: nn.Module, layers: Collection[str]) -> None:
         transformer.set_submodule(name, plain)
 
 
-def layers_of(pipe: Any) -> set[str]:
-    """The names of the linears to quantize. Every name lies in the one transformer that peers are given."""
-    return {layer.name for layer in plan(pipe, LAYERS_OF).layers}
+@cache
+def given(model: str) -> tuple[frozenset[str], int]:
+    """The linears that everyone quantizes, of the model's one transformer, and what its weights take in bf16."""
+    report = dite.quantize(dite.Pipeline.from_pretrained(model), LAYERS_OF)
+    return frozenset(row["name"] for row in report.layers), report.baseline_bytes
+
+
+def plain_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a state dict; one of a class of its own is taken apart into those that are stored for it, `name.part`."""
+    for name, value in state.items():
+        if hasattr(value, "__tensor_flatten__"):
+            yield from plain_tensors({f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]})
+        else:
+            yield name, value
 
 
 def owner(name: str, layers: Collection[str]) -> str | None:
