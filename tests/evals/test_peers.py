@@ -161,6 +161,22 @@ def test_a_setting_that_fails_or_is_declined_has_a_row_that_says_why(run):
     assert errors["optimum-quanto qint8 activations, qint8 weights"].startswith("not run: ") and len(made) == 8
 
 
+def test_fid_is_added_to_the_rows_that_ran_and_once(run, peers, monkeypatch):
+    asked = []
+
+    def evaluate(pipe, protocol, n):
+        asked.append((pipe, protocol, n))
+        return dict.fromkeys(("fid", "interval", "fid_infinity", "extractor", "seconds"), 0) | {"n": n}
+
+    monkeypatch.setattr(peers, "build", lambda peer, model, dtype: (f"{peer.name} {dtype}", 0.0))
+    monkeypatch.setattr(peers.dite, "evaluate", evaluate)
+    run("--peers", "sdnq int8")
+    for _ in range(2):
+        made, rows = run("--peers", "sdnq int8;sdnq int4", "--fid", "50")
+        assert asked == [("sdnq int8 bfloat16", "cifar10-5k", 50)] and "sdnq int8" not in [name for name, *_ in made]
+    assert [row.get("fid", {}).get("n") for row in rows] == [50, None, None]
+
+
 def test_a_document_of_another_configuration_is_left_as_it_is(run):
     run("--peers", "sdnq int8")
     with pytest.raises(SystemExit, match="was made with"):
