@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,10 +247,20 @@ def model_digest(pipe: Any) -> str:
     for name, part in sorted(pipe.components.items()):
         digest.update(f"{name} {type(part).__name__} {json.dumps(_config_of(part), sort_keys=True, default=_as_json)}".encode())
         if isinstance(part, torch.nn.Module):
-            for key, value in sorted(part.state_dict().items()):
+            for key, value in plain_tensors(part.state_dict()):
                 digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def plain_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tensors of a state dict in order of their names. One of a class of its own (torchao's codes with their scales, say) has no bytes to look
+    at: it is taken apart into `name.part`s."""
+    for key, value in sorted(state.items()):
+        if hasattr(value, "__tensor_flatten__"):
+            yield from plain_tensors({f"{key}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]})
+        else:
+            yield key, value
 
 
 def _configuration(job: _Job, pipe: Any) -> dict[str, Any]:

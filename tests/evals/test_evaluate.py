@@ -8,7 +8,7 @@ import torch
 
 import dite
 from dite.errors import RecipeError, ResumeConflict, UnsupportedEnvironment, UnsupportedModel, UsageError
-from dite.evaluation import FID_KEYS, FIDELITY_KEYS, model_digest
+from dite.evaluation import FID_KEYS, FIDELITY_KEYS, model_digest, plain_tensors
 from dite_evals.protocols import balanced, load_protocol
 from dite_evals.shards import ShardStore
 
@@ -149,6 +149,17 @@ def test_the_digest_follows_the_weights_and_the_scheduler_only(pipe, worse_pipe)
     before = model_digest(pipe)
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
     assert model_digest(pipe) != before
+
+
+def test_a_tensor_of_a_librarys_own_class_is_taken_apart_for_the_digest():
+    class Coded:
+        qdata, scale = torch.ones(2), torch.zeros(3)
+
+        def __tensor_flatten__(self):
+            return ["qdata", "scale"], None
+
+    found = [(name, len(value)) for name, value in plain_tensors({"q.weight": Coded(), "q.bias": torch.ones(1)})]
+    assert found == [("q.bias", 1), ("q.weight.qdata", 2), ("q.weight.scale", 3)]
 
 
 def test_without_torchmetrics_the_error_says_what_to_install(pipe, monkeypatch):
