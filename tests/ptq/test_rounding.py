@@ -171,11 +171,12 @@ def test_a_bias_is_corrected_where_that_helps(problem):
 def test_a_transformed_model_reloads_bit_identical_in_half_precision(tiny_pipeline, tmp_path, transform):
     from diffusers import DiTPipeline
 
-    tiny_pipeline.to(torch.bfloat16)
-    dite.quantize(tiny_pipeline, "w4a8", overrides=[*QUICK, f"transform={transform}", "rank=4"])
-    dite.save(tiny_pipeline, tmp_path / "q")
-    inputs = example_inputs(tiny_pipeline.transformer)
+    dite.save(tiny_pipeline, tmp_path / "fp")
+    pipe = dite.load(tmp_path / "fp", dtype="bfloat16")
+    dite.quantize(pipe, "w4a8", overrides=[*QUICK, f"transform={transform}", "rank=4"])
+    dite.save(pipe, tmp_path / "q")
+    inputs = example_inputs(pipe.transformer)
     with torch.no_grad():
-        wanted = tiny_pipeline.transformer(**inputs)[0]
+        wanted = pipe.transformer(**inputs)[0]
         for loaded in (dite.load(tmp_path / "q", dtype="bfloat16"), DiTPipeline.from_pretrained(tmp_path / "q", torch_dtype=torch.bfloat16)):
             assert torch.equal(loaded.transformer(**inputs)[0], wanted)
