@@ -1,6 +1,6 @@
-"""How much memory and time `dite quantize` takes for a model of DiT-XL/2's size: 750 M random parameters in bf16, read from disk.
+"""How much memory and time `dite quantize` takes for a model of DiT-XL/2's size: 750 M random parameters in bf16, read from disk; with fewer `--layers` a slice of it.
 
-    python evals/large_model.py --work FOLDER --out docs/results/large-model.json [--recipe w4a8]
+    python evals/large_model.py --work FOLDER --out docs/results/large-model.json [--recipe w4a8] [--effort default] [--layers 28]
 
 Size, memory and time don't depend on what the weights are, so random ones will do. The quantizing runs in a process of its own.
 """
@@ -21,17 +21,18 @@ XL2 = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "o
 
 def main() -> None:
     arguments = parse()
-    source, target = arguments.work / "xl2-bf16", arguments.work / f"xl2-{arguments.recipe}"
+    source, target = arguments.work / f"xl2-{arguments.layers}-bf16", arguments.work / f"xl2-{arguments.layers}-{arguments.recipe}"
     if not (source / "model_index.json").exists():
-        build().save_pretrained(source)
-    command = ["quantize", str(source), "--recipe", arguments.recipe, "-o", str(target), "--overwrite", "--json"]
+        build(arguments.layers).save_pretrained(source)
+    command = ["quantize", str(source), "--recipe", arguments.recipe, "--effort", arguments.effort, "-o", str(target), "--overwrite", "--json"]
     answer = json.loads(subprocess.run([sys.executable, "-m", "dite", *command], check=True, capture_output=True, text=True).stdout)
     before, after = folder_bytes(source / "transformer"), folder_bytes(target / "transformer")
     document = {
-        "command": f"python evals/large_model.py --work FOLDER --out {arguments.out} --recipe {arguments.recipe}",
+        "command": f"python evals/large_model.py --work FOLDER --out {arguments.out} --recipe {arguments.recipe} --effort {arguments.effort} --layers {arguments.layers}",
         "environment": environment(),
-        "model": {"class": "DiTTransformer2DModel", "parameters": sum(p.numel() for p in DiTTransformer2DModel(**XL2).parameters())} | XL2,
+        "model": {"class": "DiTTransformer2DModel", "parameters": parameters(arguments.layers)} | XL2 | {"num_layers": arguments.layers},
         "recipe": arguments.recipe,
+        "effort": arguments.effort,
         "folder_bytes": {"bf16": before, "quantized": after, "ratio": after / before},
         "peak_memory_bytes": answer["peak_memory_bytes"],
         "peak_above_bf16_bytes": answer["peak_memory_bytes"] - before,
@@ -41,15 +42,25 @@ def main() -> None:
     print(json.dumps(document, indent=1))
 
 
-def build() -> DiTPipeline:
+def build(num_layers: int) -> DiTPipeline:
     """A random pipeline in bf16, built in bf16 so that building it needs no more memory than it takes."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
-        return DiTPipeline(DiTTransformer2DModel(**XL2).to(dtype=torch.bfloat16), vae, DDIMScheduler(clip_sample=False), id2label={0: "nothing"})
+        return DiTPipeline(
+            DiTTransformer2DModel(**XL2 | {"num_layers": num_layers}).to(dtype=torch.bfloat16),
+            vae,
+            DDIMScheduler(clip_sample=False),
+            id2label={0: "nothing"},
+        )
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def parameters(num_layers: int) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in DiTTransformer2DModel(**XL2 | {"num_layers": num_layers}).parameters())
 
 
 def folder_bytes(folder: Path) -> int:
@@ -62,6 +73,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="where the models go: 2 GB")
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--recipe", default="w4a8")
+    parser.add_argument("--effort", default="fast", help="fast rounds; default samples 64 trajectories with the model first")
+    parser.add_argument("--layers", type=int, default=28, help="blocks; time and memory of calibration grow in proportion")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
-"""Size against quality of the recipes, rounded to nearest and calibrated, as data: bytes, paired fidelity, and FID for the named recipes.
+"""Size against quality of the recipes, as they are and rounded to nearest, as data: bytes, paired fidelity, and FID for the named recipes.
 
-    python evals/quality_table.py --out docs/results/quality.json [--model builtin:cifar10-dit] [--recipes "w4a8;w4a4, calibrated"] [--n 128]
+    python evals/quality_table.py --out docs/results/quality.json [--model builtin:cifar10-dit] [--recipes "w4a8;w4a4, rounded"] [--n 128]
 
 A row is written as soon as it is measured, and an interrupted run goes on with the next one; processes with different `--recipes` may share an
 `--out`. `--markdown` prints the table that README shows.
@@ -16,10 +16,11 @@ from typing import Any
 import dite
 from dite_evals.report import environment
 
-CALIBRATED = ", calibrated"  # a recipe's name with this: rounding and transform chosen for each layer
-RECIPES = ("w8a8", "w6a8", "w4a8", "w4a8" + CALIBRATED, "w4a4", "w4a4" + CALIBRATED)
+ROUNDED = ", rounded"  # a recipe's name with this: effort fast, nothing calibrated
+RECIPES = ("w8a8", "w8a8" + ROUNDED, "w6a8", "w6a8" + ROUNDED, "w4a8-mixed", "w4a8", "w4a8" + ROUNDED, "w4a4", "w4a4" + ROUNDED)
+SEARCHED = "w4a8-mixed"  # chooses groups itself
 GROUP_SIZES = (128, 64)
-ORDER = [("full precision", None), *((recipe, size) for recipe in RECIPES for size in GROUP_SIZES)]
+ORDER = [("full precision", None), *((recipe, size) for recipe in RECIPES for size in GROUP_SIZES if recipe != SEARCHED or size == GROUP_SIZES[0])]
 FIDELITY = {"steps": 20, "guidance": 2.0, "dtype": "float32"}
 FID_DTYPE = "bfloat16"
 
@@ -33,7 +34,7 @@ def main() -> None:
     if document["configuration"] != configuration(arguments):
         sys.exit(f"{arguments.out} was made with {document['configuration']}; choose another --out, or remove it")
     for key in [("full precision", None), *((recipe, size) for size in GROUP_SIZES for recipe in RECIPES)]:
-        if key[0] not in arguments.recipes:
+        if key[0] not in arguments.recipes or key not in ORDER:
             continue
         row = next((row for row in read(arguments)["rows"] if name_of(row) == key), {"recipe": key[0], "group_size": key[1]})
         measure(row, arguments)
@@ -77,8 +78,8 @@ def build(row: dict[str, Any], model: str, dtype: str) -> tuple[Any, dict[str, A
     size = row["group_size"]
     overrides = [f"defaults.{kind}.weight.group_size={min(size, 64) if kind == 'conditioning' else size}" for kind in ("token", "conditioning")]
     changes = overrides if size != GROUP_SIZES[0] else []
-    changes += ["rounding=auto", "transform=auto"] if row["recipe"].endswith(CALIBRATED) else []
-    recipe = row["recipe"].removesuffix(CALIBRATED)
+    changes += ["effort=fast"] if row["recipe"].endswith(ROUNDED) else []
+    recipe = row["recipe"].removesuffix(ROUNDED)
     stored = dite.quantize(dite.Pipeline.from_pretrained(model), recipe, overrides=changes)  # at the stored dtype: the size on disk
     dite.quantize(pipe, recipe, overrides=changes)
     return pipe, {"bytes": stored.bytes, "ratio": stored.baseline_bytes / stored.bytes, "seconds_to_quantize": round(stored.seconds, 2)}
@@ -103,7 +104,14 @@ def markdown(document: dict[str, Any]) -> str:
         fid = row.get("fid")
         quality = [f"{row['psnr']['mean']:.1f} dB", f"{row['latent_relative_error']:.3f}"] if "psnr" in row else ["", ""]
         score = f"{fid['fid']:.2f} [{fid['interval'][0]:.2f}, {fid['interval'][1]:.2f}]" if fid else ""
-        cells = [row["recipe"], str(row["group_size"] or ""), f"{row['bytes'] / 1e6:.1f} MB", f"{row['ratio']:.2f}×", *quality, score]
+        cells = [
+            row["recipe"],
+            "searched" if row["recipe"] == SEARCHED else str(row["group_size"] or ""),
+            f"{row['bytes'] / 1e6:.1f} MB",
+            f"{row['ratio']:.2f}×",
+            *quality,
+            score,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ FLOOR = {
     **dict.fromkeys(("pictures", "errors", "outputs"), 4),
 }
 PUBLIC = {"dite", "dite.errors", "dite.outputs", "dite.pictures", "dite.recipe", "dite.sampling"}  # what dite_evals may use
-INSIDERS = {"evals/methods_table.py"}  # compares parts of the quantizer that the public API offers only as a whole
+INSIDERS = {"evals/methods_table.py", "evals/search_rank.py"}  # measure parts of the quantizer that the public API offers only as a whole
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "safetensors", "triton", "torchmetrics", "dite_kernels", "dite_evals"}
 
 
