@@ -1,4 +1,5 @@
-"""How much memory and time `dite quantize` takes for a model of DiT-XL/2's size: 750 M random parameters in bf16, read from disk; with fewer `--layers` a slice of it.
+"""How much memory and time `dite quantize` takes for a model of DiT-XL/2's size: 750 M random parameters in bf16, read from
+disk; with fewer `--layers` a slice of it.
 
     python evals/large_model.py --work FOLDER --out docs/results/large-model.json [--recipe w4a8] [--effort default] [--layers 28]
 
@@ -27,8 +28,9 @@ def main() -> None:
     command = ["quantize", str(source), "--recipe", arguments.recipe, "--effort", arguments.effort, "-o", str(target), "--overwrite", "--json"]
     answer = json.loads(subprocess.run([sys.executable, "-m", "dite", *command], check=True, capture_output=True, text=True).stdout)
     before, after = folder_bytes(source / "transformer"), folder_bytes(target / "transformer")
+    flags = f"--out {arguments.out} --recipe {arguments.recipe} --effort {arguments.effort} --layers {arguments.layers}"
     document = {
-        "command": f"python evals/large_model.py --work FOLDER --out {arguments.out} --recipe {arguments.recipe} --effort {arguments.effort} --layers {arguments.layers}",
+        "command": f"python evals/large_model.py --work FOLDER {flags}",
         "environment": environment(),
         "model": {"class": "DiTTransformer2DModel", "parameters": parameters(arguments.layers)} | XL2 | {"num_layers": arguments.layers},
         "recipe": arguments.recipe,
@@ -48,12 +50,8 @@ def build(num_layers: int) -> DiTPipeline:
     torch.set_default_dtype(torch.bfloat16)
     try:
         vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
-        return DiTPipeline(
-            DiTTransformer2DModel(**XL2 | {"num_layers": num_layers}).to(dtype=torch.bfloat16),
-            vae,
-            DDIMScheduler(clip_sample=False),
-            id2label={0: "nothing"},
-        )
+        transformer = DiTTransformer2DModel(**XL2 | {"num_layers": num_layers}).to(dtype=torch.bfloat16)
+        return DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False), id2label={0: "nothing"})
     finally:
         torch.set_default_dtype(torch.float32)
 

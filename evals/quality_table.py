@@ -104,14 +104,8 @@ def markdown(document: dict[str, Any]) -> str:
         fid = row.get("fid")
         quality = [f"{row['psnr']['mean']:.1f} dB", f"{row['latent_relative_error']:.3f}"] if "psnr" in row else ["", ""]
         score = f"{fid['fid']:.2f} [{fid['interval'][0]:.2f}, {fid['interval'][1]:.2f}]" if fid else ""
-        cells = [
-            row["recipe"],
-            "searched" if row["recipe"] == SEARCHED else str(row["group_size"] or ""),
-            f"{row['bytes'] / 1e6:.1f} MB",
-            f"{row['ratio']:.2f}×",
-            *quality,
-            score,
-        ]
+        group = "searched" if row["recipe"] == SEARCHED else str(row["group_size"] or "")
+        cells = [row["recipe"], group, f"{row['bytes'] / 1e6:.1f} MB", f"{row['ratio']:.2f}×", *quality, score]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
