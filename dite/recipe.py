@@ -109,10 +109,14 @@ class Calibration(Strict):
 
 
 class Gptq(Strict):
-    """Ours rounds important columns first and lets ranges leave out extremes; with both false it is the original (left to right, full ranges)."""
+    """`ordered` rounds important columns first; without it, it is the original (left to right). `shrink` lets ranges leave out extremes.
+
+    Shrinking lowers the output error of single layers and *raises* that of whole trajectories (W4A8 of the built-in model: by 8% with rotations, by
+    30% without): what it does to a weight's extremes has the same sign at every step and adds up.
+    """
 
     ordered: bool = True
-    shrink: bool = True
+    shrink: bool = False
 
 
 Transform = Literal["none", "hadamard", "smooth", "smooth+hadamard", "lowrank", "hadamard+lowrank", "smooth+lowrank", "auto"]

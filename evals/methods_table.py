@@ -34,12 +34,14 @@ PAPER = "gptq (paper)"
 SEARCHED = "searched"
 METHODS = {
     "nearest": Choices("none", "nearest"),
-    PAPER: Choices("none", "gptq", ordered=False, shrink=False),
+    PAPER: Choices("none", "gptq", ordered=False),
     "gptq": Choices("none", "gptq"),
+    "gptq, shrunken ranges": Choices("none", "gptq", shrink=True),
     "hadamard": Choices("hadamard", "nearest"),
     "smooth": Choices("smooth", "nearest"),
     "lowrank": Choices("lowrank", "nearest"),
     "hadamard, gptq": Choices("hadamard", "gptq"),
+    "hadamard, gptq, shrunken ranges": Choices("hadamard", "gptq", shrink=True),
     "smooth, gptq": Choices("smooth", "gptq"),
     "smooth+hadamard, gptq": Choices("smooth+hadamard", "gptq"),
     "lowrank, gptq": Choices("lowrank", "gptq"),

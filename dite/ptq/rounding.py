@@ -41,7 +41,7 @@ class Choices:
     rounding: str = "auto"
     rank: int = 16
     ordered: bool = True
-    shrink: bool = True
+    shrink: bool = False
     effort: str = "default"
 
     def trials(self, kind: str) -> Iterator["Trial"]:
