@@ -44,6 +44,11 @@ def quantize(
     check_output(output, overwrite)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise UsageError(f"{output} is the model itself", "--overwrite would replace the original by its quantized copy", "choose another -o")
+    journal = journal_of(output) if chosen.search.active else None
+    if journal is not None:
+        check_journal(journal, resume)
+    elif resume:
+        raise UsageError("there is nothing to resume", "only a search (--search dp or evolution) keeps a journal", "leave --resume out")
     from dite.models.load import load_pipeline
 
     pipe = load_pipeline(model, dtype=dtype and dtype.value)
@@ -51,11 +56,13 @@ def quantize(
         from dite.ptq.quantize import plan
 
         return _planned(plan(pipe, chosen), output)
-    journal = journal_of(output) if chosen.search.active else None
-    if journal is not None:
-        check_journal(journal, resume)
     with progress(no_progress) as tick:
-        report = dite.quantize(pipe, chosen, progress=tick, journal=journal)
+        try:
+            report = dite.quantize(pipe, chosen, progress=tick, journal=journal)
+        except UsageError:  # the budget, the model, the forwards: going on would end in the same
+            if journal is not None and not resume:
+                shutil.rmtree(journal, ignore_errors=True)
+            raise
     note(f"writing {output}")
     dite.save(pipe, output, overwrite=overwrite, attachments=_page(report.plan))
     if journal is not None:
