@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -43,11 +44,15 @@ class WeightOverride(Strict):
     symmetric: bool = False
 
 
+Transform = Literal["none", "hadamard", "smooth", "smooth+hadamard", "lowrank", "hadamard+lowrank", "smooth+lowrank", "auto"]
+
+
 class LayerOverride(Strict):
     """What a pattern of `layers` changes (only the keys given); `skip: reason` or `weight: null` leaves its layers alone."""
 
     weight: WeightOverride | None = None
     activation: ActivationScheme | None = None
+    transform: Transform | None = None
     skip: str | None = None
 
 
@@ -119,14 +124,12 @@ class Gptq(Strict):
     shrink: bool = False
 
 
-Transform = Literal["none", "hadamard", "smooth", "smooth+hadamard", "lowrank", "hadamard+lowrank", "smooth+lowrank", "auto"]
-
-
 class QuantRecipe(Strict):
     """A whole recipe: the contents of `recipes/quant/*.yaml`.
 
     `transform` and `rounding` say what is tried on each layer: with `auto` the best on held-out inputs is kept, as far as `effort` goes; `fast` does
-    not calibrate at all, and rounds to nearest where they say auto. `rank` is that of transforms with a low-rank part.
+    not calibrate at all, and rounds to nearest where they say auto. `rank` is that of transforms with a low-rank part. `linears` is in recipes read
+    from a `plan.json`: the digest of the linears that it was found for.
     """
 
     name: str
@@ -140,21 +143,31 @@ class QuantRecipe(Strict):
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     search: Search = Field(default_factory=Search)
     layers: dict[str, LayerOverride] = Field(default_factory=dict)
+    linears: str | None = None
 
     @property
     def calibrated(self) -> bool:
         """Whether the model must be run to carry this recipe out."""
-        rounds_only = self.lenient and (self.effort == "fast" or (self.rounding, self.transform) == ("nearest", "none"))
-        return not rounds_only
+        nothing_to_choose = self.rounding == "nearest" and self._transforms == {"none"}
+        return not (self.lenient and (self.effort == "fast" or nothing_to_choose))
 
     @property
     def lenient(self) -> bool:
         """Whether rounding to nearest is within what the recipe asks for, where nothing can be calibrated."""
-        return not self.search.active and self.rounding in ("nearest", "auto") and self.transform in ("none", "auto")
+        return not self.search.active and self.rounding in ("nearest", "auto") and self._transforms <= {"none", "auto"}
 
     def uncalibrated(self) -> QuantRecipe:
         """The same, with `auto` settled without calibration; only for a lenient recipe."""
         return self.model_copy(update={"effort": "fast"})
+
+    @property
+    def _transforms(self) -> set[str]:
+        return {self.transform, *(override.transform for override in self.layers.values() if override.transform)}
+
+    def transform_of(self, name: str) -> str | None:
+        """The transform that a pattern gives layer `name`; later patterns win."""
+        given = [override.transform for pattern, override in self.layers.items() if override.transform and fnmatch.fnmatchcase(name, pattern)]
+        return given[-1] if given else None
 
     def names(self, name: str) -> bool:
         """Whether a pattern gives layer `name` a weight scheme: then it is quantized even outside the blocks."""
@@ -185,7 +198,7 @@ class QuantRecipe(Strict):
 
 
 def load_recipe(source: str | Path | dict | QuantRecipe, overrides: list[str] | None = None) -> QuantRecipe:
-    """A recipe by name, file, or contents, with `a.b=c` overrides applied.
+    """A recipe by name, file (YAML, or the `plan.json` of a search, to repeat what it found), or contents, with `a.b=c` overrides applied.
 
     Raises RecipeError that names the nearest recipe or key when one is unknown.
     """
@@ -262,6 +275,8 @@ def validate(model: type[BaseModel], values: dict[str, Any]):
 
 def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
+    if path.suffix == ".json" and path.is_file():
+        return recipe_of_plan(path)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         if not path.is_file():
             raise RecipeError(f"no recipe file {path}", "the file does not exist", "check the path, or use a name from `dite recipes`")
@@ -272,6 +287,20 @@ def _read(source: str | Path) -> dict[str, Any]:
             f"no recipe named {source}", f"known: {', '.join(names)}", did_you_mean(str(source), names) or "give a name or a .yaml file"
         )
     return read_yaml((recipe_folder("quant") / f"{source}.yaml").read_text(encoding="utf-8"), str(source))
+
+
+def recipe_of_plan(path: Path) -> dict[str, Any]:
+    """The recipe that repeats the plan in a `plan.json`: its own recipe, without the search, every layer spelled out."""
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        recipe, layers = dict(plan["recipe"]), dict(plan["recipe"].get("layers", {}))
+        for layer in plan["layers"]:
+            layers[layer["name"]] = {"weight": {"num_bits": layer["weight_bits"], "group_size": layer["group_size"]}, "transform": layer["transform"]}
+        ranks = {layer["rank"] for layer in plan["layers"]} - {0}
+        return recipe | {"search": {}, "layers": layers, "linears": plan["model"]["linears"]} | ({"rank": max(ranks)} if ranks else {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else "it is no JSON object with recipe, layers and model"
+        raise RecipeError(f"{path} is not a plan", why, "give the plan.json that `dite quantize --search` wrote") from error
 
 
 def override_key(values: dict[str, Any], override: str) -> dict[str, Any]:

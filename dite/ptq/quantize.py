@@ -21,7 +21,7 @@ from dite.models.planning import baseline_bytes, make_plan
 from dite.ptq.calibrate import Calls, record
 from dite.ptq.fitness import Fid, Trajectories
 from dite.ptq.journal import Journal
-from dite.ptq.plan_document import plan_document, transform_name
+from dite.ptq.plan_document import linears_digest, plan_document, transform_name
 from dite.ptq.rounding import round_linears_
 from dite.ptq.search import Found, Plans, build_options, choices_of, deployed, limit, search_plans
 from dite.quant.apply import Progress, check_weights, quantize_linears_
@@ -102,6 +102,9 @@ def quantize(
     recipe = load_recipe(recipe, [*(overrides or []), *([f"effort={effort}"] if effort else [])])
     found = denoisers(model)
     plans = {name: _plan_one(part, recipe, example_inputs) for name, part in found.items()}
+    if recipe.linears not in (None, linears_digest(plans)):
+        why = "the names and shapes of its linears are not this model's"
+        raise UsageError("this plan was found for another model", why, "search again for this model (--search dp), or use a recipe")
     for name, part in found.items():
         check_weights(part, plans[name])
     baseline = sum(baseline_bytes(part) for part in found.values())
@@ -121,7 +124,8 @@ def quantize(
                 document = plan_document(found, plans, used, result, baseline)
             else:
                 for name, part in found.items():
-                    plans[name], short = round_linears_(part, plans[name], calls[name], choices_of(used), progress)
+                    given = {layer.name: transform for layer in plans[name].layers if (transform := used.transform_of(layer.name))}
+                    plans[name], short = round_linears_(part, plans[name], calls[name], choices_of(used), given, progress)
                     notes += _short_notes(short)
     for name, part in found.items():
         mark_quantized_(part, plans[name], recipe, document and {"plan": document})

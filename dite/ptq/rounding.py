@@ -1,7 +1,7 @@
 """Quantize one linear: try the ways that a recipe allows, keep the one whose outputs on held-out inputs are nearest to the original's."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -156,10 +156,10 @@ def _transformed(moments: torch.Tensor, basis: TransformScheme, smooth: torch.Te
 
 
 def round_linears_(
-    model: nn.Module, plan: QuantPlan, calls: Calls, choices: Choices, progress: Progress | None = None
+    model: nn.Module, plan: QuantPlan, calls: Calls, choices: Choices, given: Mapping[str, str], progress: Progress | None = None
 ) -> tuple[QuantPlan, list[str]]:
     """Replace every planned linear by its best quantized form; returns the plan as it was carried out, with each layer's transform, and notes on
-    layers that saw too little.
+    layers that saw too little. `given` are the transforms of layers that don't leave theirs to `choices`.
 
     Layers are observed a few at a time, so that their moments take at most MOMENT_BYTES; later ones are calibrated on what the quantized ones
     before them put out.
@@ -172,7 +172,8 @@ def round_linears_(
         for layer in some:
             linear = model.get_submodule(layer.name)
             if layer.name in inputs:  # taken out: its moments and their factorisations are large
-                found = round_layer(linear, layer.scheme, layer.kind, inputs.pop(layer.name), choices, layer.name)
+                how = replace(choices, transform=given.get(layer.name, choices.transform))
+                found = round_layer(linear, layer.scheme, layer.kind, inputs.pop(layer.name), how, layer.name)
             else:  # a layer that the model's forward never called
                 found = Rounded(QuantLinear.from_linear(linear, layer.scheme, layer.name), "nearest", None)
             replace_(model, layer.name, found.layer)

@@ -172,7 +172,8 @@ def choices_of(recipe: QuantRecipe, transform: str | None = None) -> Choices:
 def layer_options(layer: LayerPlan, recipe: QuantRecipe) -> list[tuple[LayerScheme, str]]:
     """Schemes and transforms to try; a layer whose bits or groups a pattern of the recipe fixes keeps them."""
     search = recipe.search
-    transforms = search.transforms if layer.kind == "token" else ["none"]
+    given = recipe.transform_of(layer.name)
+    transforms = [given] if given else search.transforms if layer.kind == "token" else ["none"]
     if recipe.names(layer.name):
         return [(layer.scheme, transform) for transform in transforms]
     groups = list(dict.fromkeys(size if size is None or size < layer.in_features else None for size in search.group_sizes))

@@ -151,3 +151,26 @@ def test_layers_that_saw_too_little_are_named(tiny_pipeline):
     few = ["calibration.num_samples=8", "calibration.num_steps=4", "calibration.num_calls=4", "rounding=auto"]
     report = dite.quantize(tiny_pipeline, "w4a8", overrides=few)
     assert any("fewer calibration rows" in note for note in report.notes)
+
+
+def test_a_plan_can_be_repeated_without_searching(tiny_pipeline, twin, tmp_path):
+    report = dite.quantize(tiny_pipeline, "w4a8", overrides=[*DP, "search.transforms=[none,hadamard]"])
+    (tmp_path / "plan.json").write_text(json.dumps(report.plan))
+    again = dite.quantize(twin, tmp_path / "plan.json")
+    assert again.plan is None and same(layers_of(tiny_pipeline), layers_of(twin))
+
+
+def test_a_plan_for_another_model_is_refused(tiny_pipeline, build_model, tmp_path):
+    report = dite.quantize(tiny_pipeline, "w4a8", overrides=DP)
+    (tmp_path / "plan.json").write_text(json.dumps(report.plan))
+    other = build_model("PixArtTransformer2DModel")
+    with pytest.raises(UsageError, match="another model"):
+        dite.quantize(other, tmp_path / "plan.json")
+    assert not quantized_layers(other)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"recipe": {}, "layers": [{}], "model": {}}', '{"recipe": 3}'])
+def test_a_file_that_is_no_plan_is_refused(tiny_pipeline, tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(RecipeError, match="not a plan"):
+        dite.quantize(tiny_pipeline, tmp_path / "plan.json")
