@@ -19,7 +19,7 @@ import dite
 from dite.models.load import load_pipeline
 from dite.models.planning import make_plan
 from dite.ptq.calibrate import Calls, observe, record
-from dite.ptq.quantize import spread
+from dite.ptq.calibrated import spread
 from dite.ptq.rounding import Choices, round_layer
 from dite.quant.apply import replace_
 from dite.recipe import QuantRecipe, load_recipe
