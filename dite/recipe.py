@@ -75,7 +75,7 @@ class Search(Strict):
     fid_protocol: str = "cifar10-5k"
     fid_samples: int = Field(default=800, ge=2)
     transforms: list[Literal["none", "hadamard", "smooth", "smooth+hadamard", "lowrank", "hadamard+lowrank"]] = Field(
-        default=["hadamard"], min_length=1
+        default=["hadamard", "smooth+hadamard", "hadamard+lowrank"], min_length=1
     )
     seed: int = Field(default=0, ge=0, lt=2**32)
     max_forwards: int = Field(default=50_000, ge=1)

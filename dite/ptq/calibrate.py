@@ -43,7 +43,8 @@ class LayerInputs:
     rows: list[torch.Tensor] = field(default_factory=list)
     total: torch.Tensor | None = None
     peaks: torch.Tensor | None = None
-    curvatures: dict[Any, Any] = field(default_factory=dict)  # factorisations of the moments, kept by whoever makes them
+    curvatures: dict[Any, Any] = field(default_factory=dict)  # what was made of the moments, and is the same for all bits and groups,
+    factors: dict[Any, Any] = field(default_factory=dict)  # kept by whoever made it
 
     def add(self, moments: torch.Tensor, total: torch.Tensor, peaks: torch.Tensor, count: int) -> None:
         """Count in some more rows."""

@@ -25,7 +25,7 @@ BASES = {
     "smooth": TransformScheme(kind="smooth"),
     "smooth+hadamard": TransformScheme(kind="smooth+hadamard", **ROTATION),
 }
-AUTO = {"fast": ("none",), "default": ("none", "hadamard"), "high": ("none", "hadamard", "smooth", "smooth+hadamard")}
+AUTO = {"fast": ("none",), "default": ("none", "hadamard", "smooth+hadamard"), "high": ("none", "hadamard", "smooth", "smooth+hadamard")}
 STRENGTHS = {"fast": (0.5,), "default": (0.5,), "high": (0.35, 0.5, 0.65)}
 LOW_RANK = "lowrank"
 MOMENT_BYTES = 1_500_000_000  # of second moments held at a time
@@ -139,7 +139,10 @@ def _rounded(linear: nn.Linear, scheme: LayerScheme, inputs: LayerInputs, trial:
         return gptq(weight, inputs.curvatures[key], spec, ordered=choices.ordered, shrink=choices.shrink)
 
     def factor(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return low_rank(weight, _transformed(inputs.moments, trial.basis, smooth), rank)
+        key = (trial.basis.kind, trial.strength, rank)
+        if key not in inputs.factors:
+            inputs.factors[key] = low_rank(weight, _transformed(inputs.moments, trial.basis, smooth), rank)
+        return inputs.factors[key]
 
     chosen = scheme.model_copy(update={"transform": trial.basis, "rank": min(trial.rank, linear.in_features, linear.out_features)})
     return QuantLinear.from_linear(linear, chosen, name, by_gptq if trial.rounding == "gptq" else quantize_weight, smooth, factor)
