@@ -74,7 +74,7 @@ class Search(Strict):
     group_sizes: list[GroupSize] = Field(default=[64, 128, None], min_length=1)
     fid_protocol: str = "cifar10-5k"
     fid_samples: int = Field(default=800, ge=2)
-    transforms: list[Literal["none", "hadamard", "smooth", "smooth+hadamard", "lowrank", "hadamard+lowrank"]] = Field(
+    transforms: list[Literal["none", "hadamard", "smooth", "smooth+hadamard", "lowrank", "hadamard+lowrank", "smooth+lowrank"]] = Field(
         default=["hadamard", "smooth+hadamard", "hadamard+lowrank"], min_length=1
     )
     seed: int = Field(default=0, ge=0, lt=2**32)

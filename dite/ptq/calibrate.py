@@ -104,7 +104,8 @@ class _Recorder:
 
     def keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         batch, step = divmod(self.steps_done, self.num_steps)
-        if (step + batch) % self.stride == 0:
+        # Every batch another set of steps; where there is less than one call a batch, every so many calls in the order they come.
+        if (step + batch if self.stride <= self.num_steps else self.steps_done + batch) % self.stride == 0:
             given = dict(self.signature.bind(module, *args, **kwargs).arguments)
             del given[next(iter(self.signature.parameters))]
             given |= given.pop("kwargs", {})
@@ -113,7 +114,8 @@ class _Recorder:
 
 @torch.no_grad()
 def observe(model: nn.Module, names: Iterable[str], calls: Calls) -> dict[str, LayerInputs]:
-    """Run `calls` through `model` and gather the inputs of the linears called `names`; one that is never called is missing from the answer.
+    """Run `calls` through `model` and gather the inputs of the linears called `names`; one that is never called in
+    `calls.calibration` is missing from the answer.
 
     Raises QuantizationError, which names the layer, for inputs that are NaN or inf.
     """
@@ -126,7 +128,7 @@ def observe(model: nn.Module, names: Iterable[str], calls: Calls) -> dict[str, L
     finally:
         for handle in handles:
             handle.remove()
-    return observer.found
+    return {name: inputs for name, inputs in observer.found.items() if inputs.count}
 
 
 class _Observer:

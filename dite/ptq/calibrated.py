@@ -15,14 +15,17 @@ from dite.models.planning import baseline_bytes
 from dite.ptq.calibrate import Calls, record
 from dite.ptq.fitness import Fid, Trajectories
 from dite.ptq.journal import Journal
+from dite.ptq.options import build_options, check_budget, choices_of, limit
 from dite.ptq.plan_document import plan_document
 from dite.ptq.rounding import round_linears_
-from dite.ptq.search import Found, Plans, build_options, choices_of, deployed, limit, search_plans
+from dite.ptq.search import Found, Plans, deployed, search_plans
 from dite.quant.apply import Progress
+from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan
 from dite.recipe import QuantRecipe
 from dite.sampling import class_ids, takes_classes
 
+HALF = (torch.bfloat16, torch.float16)
 COARSE, FINE, SHORT_STEPS = 4, 8, 8  # trajectories of single layers and of whole plans, and their steps
 Models = dict[str, torch.nn.Module]
 QuantPlans = dict[str, QuantPlan]
@@ -39,11 +42,13 @@ def calibrated_(
     document = None
     # Rounding to bf16 moves a trajectory about as much as one layer's quantization does: a search compares in float32.
     precise = _in_float32(unwrap(model)) if recipe.search.active else nullcontext()
-    with Journal(Path(journal), _header(found, plans, recipe)) if journal is not None else nullcontext() as opened, precise:
+    if recipe.search.active:
+        check_budget(recipe, plans, COARSE * SHORT_STEPS * 2)
+    with Journal(Path(journal), _header(model, recipe)) if journal is not None else nullcontext() as opened, precise:
         calls = _calls(model, found, recipe, opened, progress)
         if recipe.search.active:
             baseline = sum(baseline_bytes(part) for part in found.values())
-            plans, result = _search(model, found, plans, calls, recipe, opened, progress)
+            plans, result, notes = _search(model, found, plans, calls, recipe, opened, progress)
             document = plan_document(found, plans, recipe, result, baseline)
         else:
             plans = dict(plans)
@@ -71,28 +76,30 @@ def _calls(model: Any, found: dict[str, Any], recipe: QuantRecipe, journal: Jour
 
 
 def _search(
-    model, found, plans, calls, recipe: QuantRecipe, journal: Journal | None, progress: Progress | None
-) -> tuple[dict[str, QuantPlan], Found]:
-    """Search and put what was found into the models; raises before they change, or leaves them as they were."""
+    model: Any, found: Models, plans: QuantPlans, calls: dict[str, Calls], recipe: QuantRecipe, journal: Journal | None, progress: Progress | None
+) -> tuple[QuantPlans, Found, list[str]]:
+    """Search and put what was found into the models; whatever is raised, they are as they were."""
     pipe, search = unwrap(model), recipe.search
-    conditions = _conditions(model, recipe)
-    slots = [slot for name, part in found.items() for slot in build_options(part, plans[name], calls[name], recipe, journal, progress)]
-    budget = limit(search, slots, sum(one.other_bytes for one in plans.values()))
-    guidance, seed = recipe.calibration.guidance, search.seed
-    coarse = Trajectories(pipe, conditions, COARSE, SHORT_STEPS, guidance, seed)
-    fine = Trajectories(pipe, conditions, FINE, SHORT_STEPS, guidance, seed) if search.fitness == "surrogate" else _fid(pipe, search)
-    measured = Plans(slots, fine, coarse, journal, search)
+    slots, notes = [], []
+    for name, part in found.items():
+        built, short = build_options(part, plans[name], calls[name], recipe, journal, progress)
+        slots += built
+        notes += _short_notes(short)
+    budget = limit(recipe, slots, sum(one.other_bytes for one in plans.values()))
+    conditions, guidance, seed = _conditions(model, recipe), recipe.calibration.guidance, search.seed
+    coarse, fine = (Trajectories(pipe, spread(conditions, count), SHORT_STEPS, guidance, seed) for count in (COARSE, FINE))
+    measured = Plans(slots, fine if search.fitness == "surrogate" else _fid(pipe, search), coarse, journal, search, budget)
     try:
-        result = search_plans(measured, budget, search, progress)
+        result = search_plans(measured, progress)
     except BaseException:
         measured.put([None] * len(slots))
         raise
     measured.put(result.choice)
-    chosen = deployed(slots, result)
+    chosen, carried_out = deployed(slots, result), {}
     for name in found:
         count = len(plans[name].layers)
-        plans[name], chosen = replace(plans[name], layers=chosen[:count]), chosen[count:]
-    return plans, result
+        carried_out[name], chosen = replace(plans[name], layers=chosen[:count]), chosen[count:]
+    return carried_out, result, notes
 
 
 def _fid(pipe: Any, search) -> Fid:
@@ -107,34 +114,51 @@ def _fid(pipe: Any, search) -> Fid:
 
 @contextmanager
 def _in_float32(pipe: Any) -> Iterator[None]:
+    """Half-precision tensors as float32 for a while; then every one that is still there as it was, and layers put in its place likewise."""
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    before = [next((tensor.dtype for tensor in part.parameters()), torch.float32) for part in parts]
-    narrow = [(part, dtype) for part, dtype in zip(parts, before, strict=True) if dtype != torch.float32]
-    for part, _ in narrow:
-        torch.nn.Module.to(part, torch.float32)  # diffusers' own `to` warns of exactly what is wanted here
+    before = [{name: tensor.dtype for name, tensor in (*part.named_parameters(), *part.named_buffers()) if tensor.dtype in HALF} for part in parts]
     try:
+        for part in parts:
+            part._apply(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor)
         yield
     finally:
-        for part, dtype in narrow:
-            torch.nn.Module.to(part, dtype)
+        for part, dtypes in zip(parts, before, strict=True):
+            for name, module in part.named_modules():
+                prefix = f"{name}." if name else ""
+                if isinstance(module, QuantLinear) and f"{prefix}weight" in dtypes:
+                    module.to(dtypes[f"{prefix}weight"])
+                else:
+                    _cast_own_(module, {key: dtypes.get(prefix + key) for key in (*module._parameters, *module._buffers)})
 
 
-def _header(found: dict[str, Any], plans: dict[str, QuantPlan], recipe: QuantRecipe) -> dict[str, Any]:
-    """What a journal belongs to. Weights count by a sample of each: reading all of a large model takes as long as some searches."""
-    weights = hashlib.sha256()
-    for name, part in found.items():
-        for layer in plans[name].layers:
-            weights.update(f"{name} {layer.name} {layer.in_features} {layer.out_features}".encode())
-            weights.update(part.get_submodule(layer.name).weight.detach()[:1].float().cpu().numpy().tobytes())
-    recipe_digest = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
-    return {"dite_version": __version__, "model": weights.hexdigest(), "recipe": recipe_digest}
+def _cast_own_(module: torch.nn.Module, dtypes: dict[str, torch.dtype | None]) -> None:
+    for key, dtype in dtypes.items():
+        if dtype is not None and module._parameters.get(key) is not None:
+            module._parameters[key].data = module._parameters[key].data.to(dtype)
+        elif dtype is not None and module._buffers.get(key) is not None:
+            module._buffers[key] = module._buffers[key].to(dtype)
+
+
+def _header(model: Any, recipe: QuantRecipe) -> dict[str, Any]:
+    """What a journal belongs to: everything that decides what its numbers are, to the last bit."""
+    from dite.evaluation import model_digest
+
+    pipe = unwrap(model)
+    return {
+        "dite_version": __version__,
+        "model": model_digest(pipe),
+        "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": str(pipe.device),
+    }
 
 
 def _short_notes(short: list[str]) -> list[str]:
     if not short:
         return []
     names = ", ".join(short[:3]) + (" …" if len(short) > 3 else "")
-    why = "4 rows a feature (1 for conditioning layers); rounding was kept where held-out errors said so"
+    why = "4 rows a feature, 1 for conditioning layers; none at all: rounded to nearest"
     return [f"{len(short)} layers saw fewer calibration rows than GPTQ should have ({why}): {names}; raise calibration.num_calls or num_samples"]
 
 

@@ -9,24 +9,27 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dite.sampling import SampleSettings, sample, sample_seed
+from dite.sampling import NonFiniteOutput, SampleSettings, sample, sample_seed
 
 SEED_OFFSET = 2_000_003  # neither the seeds of calibration nor those of evaluations
 
 
 class Trajectories:
-    """√ mean ‖x − x̂‖² / ‖x‖² over the final latents x of `num_samples` trajectories of `num_steps` steps."""
+    """√ mean ‖x − x̂‖² / ‖x‖² over the final latents x of one trajectory of `num_steps` steps for each of `conditions`; inf if one fails."""
 
-    def __init__(self, pipe: Any, conditions: Sequence[Any], num_samples: int, num_steps: int, guidance: float, seed: int):
+    def __init__(self, pipe: Any, conditions: Sequence[Any], num_steps: int, guidance: float, seed: int):
         self.pipe = pipe
-        self.conditions = [conditions[index % len(conditions)] for index in range(num_samples)]
-        self.seeds = [sample_seed(SEED_OFFSET + seed, index) for index in range(num_samples)]
-        self.settings = SampleSettings(num_steps, guidance, micro_batch=num_samples)
-        self.forwards = num_samples * num_steps * (2 if guidance > 1 else 1)
+        self.conditions = list(conditions)
+        self.seeds = [sample_seed(SEED_OFFSET + seed, index) for index in range(len(conditions))]
+        self.settings = SampleSettings(num_steps, guidance, micro_batch=len(conditions))
+        self.forwards = len(conditions) * num_steps * 2  # with and without the condition
         self.baseline = self._latents()
 
     def __call__(self) -> float:
-        pairs = zip(self._latents(), self.baseline, strict=True)
+        try:
+            pairs = list(zip(self._latents(), self.baseline, strict=True))
+        except NonFiniteOutput:
+            return math.inf
         errors = [float((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)) for found, wanted in pairs]
         return math.sqrt(sum(errors) / len(errors))
 

@@ -16,9 +16,8 @@ FORMAT_VERSION = 1
 def plan_document(found: dict[str, nn.Module], plans: dict[str, QuantPlan], recipe: QuantRecipe, result: Found, baseline: int) -> dict[str, Any]:
     """Everything that the report draws. Sizes are of the whole transformer(s) with what is not quantized in bf16, whatever the budget's unit."""
     layers = [(f"{name}." if len(found) > 1 else "", layer) for name in found for layer in plans[name].layers]
-    timed = recipe.search.budget_time_ms is not None
-    other = 0 if timed else sum(one.other_bytes for one in plans.values())
-    unit = "microseconds" if timed else "bytes"
+    other = sum(one.other_bytes for one in plans.values())
+    frontier = [] if recipe.search.budget_time_ms is not None else result.frontier  # of a budget in time it has no bytes
     return {
         "format_version": FORMAT_VERSION,
         "model": {"class": "+".join(type(part).__name__ for part in found.values()), "linears": linears_digest(plans)},
@@ -27,7 +26,6 @@ def plan_document(found: dict[str, nn.Module], plans: dict[str, QuantPlan], reci
             "strategy": recipe.search.strategy,
             "fitness": recipe.search.fitness,
             "budget": budget_of(recipe),
-            "cost_unit": unit,
             "seed": recipe.search.seed,
             "forwards": result.forwards,
             "seconds": round(result.seconds, 2),
@@ -36,7 +34,7 @@ def plan_document(found: dict[str, nn.Module], plans: dict[str, QuantPlan], reci
         "baseline_bytes": baseline,
         "error": result.error,
         "uniform": [{"name": name, "bytes": cost + other, "error": error} for name, cost, error in result.uniform],
-        "frontier": [{"bytes": cost + other, "error": error**0.5} for cost, error in result.frontier],
+        "frontier": [{"bytes": cost + other, "error": error**0.5} for cost, error in frontier],
         "evaluated": [{"bytes": cost + other, "error": error} for cost, error in result.evaluated],
         "layers": [_layer(prefix, layer) for prefix, layer in layers],
         "skipped": {name: reason for one in plans.values() for name, reason in one.skipped.items()},

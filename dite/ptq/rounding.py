@@ -171,12 +171,13 @@ def round_linears_(
     short: list[str] = []
     for some in portions(plan.layers, ROUNDS[choices.effort]):
         inputs = observe(model, [layer.name for layer in some], calls)
-        short += [layer.name for layer in some if layer.name in inputs and inputs[layer.name].count < needed(layer)]
+        short += [layer.name for layer in some if layer.name not in inputs or inputs[layer.name].count < needed(layer)]
         for layer in some:
             linear = model.get_submodule(layer.name)
             if layer.name in inputs:  # taken out: its moments and their factorisations are large
                 how = replace(choices, transform=given.get(layer.name, choices.transform))
-                found = round_layer(linear, layer.scheme, layer.kind, inputs.pop(layer.name), how, layer.name)
+                kind = "token" if given.get(layer.name, "none") != "none" else layer.kind  # a transform asked for by name is made
+                found = round_layer(linear, layer.scheme, kind, inputs.pop(layer.name), how, layer.name)
             else:  # a layer that the model's forward never called
                 found = Rounded(QuantLinear.from_linear(linear, layer.scheme, layer.name), "nearest", None)
             replace_(model, layer.name, found.layer)

@@ -1,6 +1,6 @@
 """Share bits, groups and transforms out over the layers, within a budget.
 
-    options      every layer quantized in every way that the recipe allows, on calibration moments      `build_options`
+    options      every layer quantized in every way that the recipe allows                              `options.build_options`
     fitness      a choice of one option a layer, put into the model and measured                         `Plans.error`
     dp           errors of single layers, measured end to end → knapsack → measured again inside the plan found → swaps
     evolution    the paper's, on the same options and fitness
@@ -9,59 +9,34 @@ What is measured goes into a journal; the layers that were measured are the laye
 """
 
 import hashlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import product
+from typing import Any
 
-import torch
-from torch import nn
-
-from dite.errors import UsageError
-from dite.ptq.calibrate import Calls, observe
+from dite.errors import QuantizationError
 from dite.ptq.journal import Journal
-from dite.ptq.rounding import Choices, portions, round_layer
+from dite.ptq.options import Option, Slot, refuse_forwards
 from dite.quant.allocation import knapsack
 from dite.quant.apply import Progress, replace_
 from dite.quant.evolution import evolve
-from dite.quant.linear import QuantLinear
-from dite.quant.plan import LayerPlan, QuantPlan, weight_bytes
-from dite.quant.scheme import LayerScheme
-from dite.recipe import QuantRecipe, Search
+from dite.quant.plan import LayerPlan
+from dite.recipe import Search
 
 Choice = tuple[int | None, ...]  # an option a slot; None is the layer as it was
 ROUNDS = 2  # of measuring inside the plan found
 SWAPS = 40
-TIMED_RUNS = 7
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to quantize one layer: the finished layer, its held-out output error, and what it costs in the budget's unit."""
-
-    layer: QuantLinear
-    rounding: str
-    error: float
-    cost: int
-
-
-@dataclass
-class Slot:
-    """A place in a model where one of several options goes; `linear` is what was there."""
-
-    model: nn.Module
-    plan: LayerPlan
-    linear: nn.Linear
-    options: list[Option]
+UNIFORM_GROUP = 128
 
 
 @dataclass
 class Found:
-    """What a search found and what it saw on the way: `evaluated` and `uniform` (cost, error) of whole plans, `frontier` as the knapsack predicts."""
+    """What a search found and what it saw on the way: `evaluated` and `uniform` (bytes, error) of whole plans, `frontier` (cost, error) as the
+    knapsack predicts."""
 
     choice: tuple[int, ...]
     error: float
-    cost: int
     forwards: int
     seconds: float
     frontier: list[tuple[int, float]] = field(default_factory=list)
@@ -70,14 +45,16 @@ class Found:
 
 
 class OutOfForwards(Exception):
-    """The next evaluation would exceed `search.max_forwards`."""
+    """The next evaluation would exceed `search.max_forwards`; `Plans.best` holds the best so far."""
 
 
 class Plans:
-    """Puts choices into the models and measures them; remembers, in the journal, what it measured. Close it to get the models back as they were."""
+    """Puts choices into the models and measures them; remembers what it measured, also in the journal, and the best that fits `budget`."""
 
-    def __init__(self, slots: list[Slot], fine: Callable[[], float], coarse: Callable[[], float], journal: Journal | None, search: Search):
-        self.slots, self.fine, self.coarse, self.journal, self.search = slots, fine, coarse, journal, search
+    def __init__(self, slots: list[Slot], fine: Any, coarse: Any, journal: Journal | None, search: Search, budget: int):
+        self.slots, self.fine, self.coarse, self.journal, self.search, self.budget = slots, fine, coarse, journal, search, budget
+        self.costs = [[option.cost for option in slot.options] for slot in slots]
+        self.best: tuple[float, tuple[int, ...]] | None = None
         self.placed: list[int | None] = [None] * len(slots)
         self.seen: dict[str, float] = {}
         self.forwards = 0
@@ -89,8 +66,10 @@ class Plans:
         key = "fine " + _digest(choice)
         new = key not in self.seen
         error = self._measured(key, choice, self.fine)
-        if new and None not in choice:
-            self.evaluated.append((self.cost(choice), error))
+        if new and math.isfinite(error):
+            self.evaluated.append((sum(slot.options[option].bytes for slot, option in zip(self.slots, choice, strict=True)), error))
+        if self.cost(choice) <= self.budget and (self.best is None or error < self.best[0]):
+            self.best = (error, tuple(choice))
         return error
 
     def coarse_error(self, choice: Choice) -> float:
@@ -98,7 +77,11 @@ class Plans:
         return self._measured("coarse " + _digest(choice), choice, self.coarse)
 
     def cost(self, choice: Choice) -> int:
-        return sum(slot.options[option].cost for slot, option in zip(self.slots, choice, strict=True))
+        return sum(row[option] for row, option in zip(self.costs, choice, strict=True))
+
+    def affords(self, forwards: int) -> bool:
+        """Whether so many more forwards may be spent."""
+        return self.forwards + forwards <= self.search.max_forwards
 
     def put(self, choice: Choice) -> None:
         """Make the models what `choice` says."""
@@ -115,7 +98,7 @@ class Plans:
         if key in self.seen:
             return self.seen[key]
         # Counted whether or not the journal knows the answer: a resumed search must stop where an uninterrupted one does.
-        if self.forwards + fitness.forwards > self.search.max_forwards:
+        if not self.affords(fitness.forwards):
             raise OutOfForwards
         self.forwards += fitness.forwards
         if self.journal is not None and key in self.journal.known:
@@ -134,246 +117,126 @@ def _digest(choice: Choice) -> str:
     return hashlib.sha256(repr(tuple(choice)).encode()).hexdigest()[:32]
 
 
-@torch.no_grad()
-def build_options(
-    model: nn.Module, plan: QuantPlan, calls: Calls, recipe: QuantRecipe, journal: Journal | None = None, progress: Progress | None = None
-) -> list[Slot]:
-    """Quantize every planned layer of a full-precision `model` in every way the search may choose; the model stays as it is."""
-    slots: list[Slot] = []
-    timer = _Timer(journal) if recipe.search.budget_time_ms is not None else None
-    for some in portions(plan.layers):
-        inputs = observe(model, [layer.name for layer in some], calls)
-        for layer in some:
-            linear = model.get_submodule(layer.name)
-            options = []
-            for scheme, transform in layer_options(layer, recipe):
-                choices = choices_of(recipe, transform)
-                if layer.name in inputs:
-                    found = round_layer(linear, scheme, layer.kind, inputs[layer.name], choices, layer.name)
-                    built, rounding, error = found.layer, found.rounding, found.error or 0.0
-                else:
-                    built, rounding, error = QuantLinear.from_linear(linear, scheme, layer.name), "nearest", 0.0
-                cost = weight_bytes(layer.in_features, layer.out_features, built.scheme)
-                if timer is not None:
-                    cost = timer.microseconds(built, inputs[layer.name].count // max(1, len(calls.calibration)) if layer.name in inputs else 1)
-                options.append(Option(built, rounding, error, cost))
-            inputs.pop(layer.name, None)  # its factorisations take as much memory as its moments
-            slots.append(Slot(model, layer, linear, undominated(options)))
-            if progress:
-                progress(f"options: {layer.name}", len(slots), len(plan.layers))
-    return slots
-
-
-def choices_of(recipe: QuantRecipe, transform: str | None = None) -> Choices:
-    """The recipe's choices, with another transform in a search."""
-    return Choices(transform or recipe.transform, recipe.rounding, recipe.rank, recipe.gptq.ordered, recipe.gptq.shrink, recipe.effort)
-
-
-def layer_options(layer: LayerPlan, recipe: QuantRecipe) -> list[tuple[LayerScheme, str]]:
-    """Schemes and transforms to try; a layer whose bits or groups a pattern of the recipe fixes keeps them."""
-    search = recipe.search
-    given = recipe.transform_of(layer.name)
-    transforms = [given] if given else search.transforms if layer.kind == "token" else ["none"]
-    if recipe.names(layer.name):
-        return [(layer.scheme, transform) for transform in transforms]
-    groups = list(dict.fromkeys(size if size is None or size < layer.in_features else None for size in search.group_sizes))
-    schemes = []
-    for bits, size, transform in product(search.bits, groups, transforms):
-        weight = layer.scheme.weight.model_copy(update={"num_bits": bits, "group_size": size})
-        schemes.append((layer.scheme.model_copy(update={"weight": weight}), transform))
-    return schemes
-
-
-def undominated(options: list[Option]) -> list[Option]:
-    """Without those that another beats in both held-out error and cost; cheapest first."""
-    kept: list[Option] = []
-    for option in sorted(options, key=lambda option: (option.cost, option.error)):
-        if not kept or option.error < kept[-1].error:
-            kept.append(option)
-    return kept
-
-
-def limit(search: Search, slots: list[Slot], other_bytes: int) -> int:
-    """What the options may cost together. Raises UsageError when the cheapest don't fit, with the numbers."""
-    weights = sum(slot.plan.in_features * slot.plan.out_features for slot in slots)
-    least = sum(min(option.cost for option in slot.options) for slot in slots)
-    if search.budget_time_ms is not None:
-        budget, shown, unit = int(search.budget_time_ms * 1000), lambda cost: f"{cost / 1000:.2f}", "ms a forward (quantized layers)"
-    elif search.budget_bytes is not None:
-        budget, shown, unit = (
-            search.budget_bytes - other_bytes,
-            lambda cost: f"{cost + other_bytes}",
-            "bytes, of which " + (f"{other_bytes} are what is not quantized, in bf16"),
-        )
-    else:
-        bits = search.budget_bits
-        budget, shown, unit = int(bits * weights / 8), lambda cost: f"{8 * cost / weights:.3f}", "bits a quantized weight, scales included"
-    if least > budget:
-        given = search.budget_time_ms or search.budget_bytes or search.budget_bits
-        raise UsageError(
-            f"no plan fits a budget of {given}",
-            f"the smallest that search.bits, group_sizes and transforms allow takes {shown(least)} {unit}",
-            "raise the budget, or allow fewer bits or larger groups",
-        )
-    return budget
-
-
-def search_plans(plans: Plans, budget: int, search: Search, progress: Progress | None = None) -> Found:
-    """The best choice within `budget`, by the recipe's strategy."""
-    started = time.monotonic()
+def search_plans(plans: Plans, progress: Progress | None = None) -> Found:
+    """The best choice within the budget, by the recipe's strategy."""
+    started, search = time.monotonic(), plans.search
     steps = [0]
-    a_fine = plans.fine.forwards
-    total = max(1, search.max_forwards // a_fine) if search.strategy == "evolution" else len(plans.slots) * (1 + ROUNDS) + SWAPS
+    total = search.max_forwards // plans.fine.forwards if search.strategy == "evolution" else len(plans.slots) * (1 + ROUNDS) + SWAPS
 
     def tick() -> None:
         steps[0] += 1
         if progress:
-            progress(f"search: {search.strategy}", min(steps[0], total), total)
+            progress(f"search: {search.strategy}", min(steps[0], total), max(1, total))
 
     plans.tick = tick
-    _check_forwards(plans, search)
-    costs = [[option.cost for option in slot.options] for slot in plans.slots]
     uniform = uniform_choices(plans.slots)
-    compared = [(name, plans.cost(choice), plans.error(choice)) for name, choice in uniform.items()]
-    strategy = _dp if search.strategy == "dp" else _evolution
-    choice, error, frontier = strategy(plans, costs, budget, search, uniform)
-    return Found(choice, error, plans.cost(choice), plans.forwards, time.monotonic() - started, frontier, plans.evaluated, compared)
+    _check_forwards(plans, len(uniform))
+    compared = []
+    for name, choice in uniform.items():
+        error = plans.error(choice)
+        compared.append((name, sum(slot.options[option].bytes for slot, option in zip(plans.slots, choice, strict=True)), error))
+    frontier = []
+    try:
+        if search.strategy == "dp":
+            frontier = _dp(plans, list(uniform.values()))
+        else:
+            evolve(plans.costs, plans.budget, plans.error, list(uniform.values()), search.seed)
+    except OutOfForwards:
+        pass
+    if plans.best is None or not math.isfinite(plans.best[0]):
+        raise QuantizationError("no plan within the budget gives finite latents", "every one that was measured failed", "allow more bits")
+    error, choice = plans.best
+    return Found(choice, error, plans.forwards, time.monotonic() - started, frontier, plans.evaluated, compared)
 
 
-def _check_forwards(plans: Plans, search: Search) -> None:
+def _check_forwards(plans: Plans, uniform: int) -> None:
     """Raise UsageError when `max_forwards` is not enough to choose at all."""
-    least = (len(uniform_choices(plans.slots)) + 1) * plans.fine.forwards
-    if search.strategy == "dp":
-        least += len(plans.slots) * plans.coarse.forwards
-    if least > search.max_forwards:
-        rule = f"{search.strategy} needs {least} for {len(plans.slots)} layers, max_forwards is {search.max_forwards}"
-        raise UsageError("this search may not run the model often enough", rule, f"set search.max_forwards to {2 * least} or more")
+    least = (uniform + 1) * plans.fine.forwards + len(plans.slots) * plans.coarse.forwards * (plans.search.strategy == "dp")
+    if least > plans.search.max_forwards:
+        refuse_forwards(plans.search, least, len(plans.slots))
 
 
 def uniform_choices(slots: list[Slot]) -> dict[str, tuple[int, ...]]:
-    """One plan for each number of bits: every layer's cheapest option of so many bits, or the nearest it has."""
+    """One plan for each number of bits, in groups of 128 where there are: of every layer's options the nearest to that, first of equals."""
     found = {}
     for bits in sorted({option.layer.scheme.weight.num_bits for slot in slots for option in slot.options}):
         choice = []
         for slot in slots:
-            ranked = sorted(range(len(slot.options)), key=lambda index: (abs(slot.options[index].layer.scheme.weight.num_bits - bits), index))
-            choice.append(ranked[0])
+            weights = [option.layer.scheme.weight for option in slot.options]
+            apart = [(abs(weight.num_bits - bits), abs((weight.group_size or slot.plan.in_features) - UNIFORM_GROUP)) for weight in weights]
+            choice.append(apart.index(min(apart)))
         found[f"W{bits}"] = tuple(choice)
     return found
 
 
-def _dp(plans: Plans, costs: list[list[int]], budget: int, search: Search, uniform: dict) -> tuple[tuple[int, ...], float, list]:
+def _dp(plans: Plans, uniform: list[tuple[int, ...]]) -> list[tuple[int, float]]:
+    """Leaves what it finds in `plans.best`; returns the frontier that single layers predict."""
     slots, nothing = plans.slots, [None] * len(plans.slots)
     # One end-to-end measurement a layer, at its cheapest option; its other options scale with their own output errors.
     single = [plans.coarse_error((*nothing[:index], 0, *nothing[index + 1 :])) ** 2 for index in range(len(slots))]
     table = [_scaled(slot.options, 0, value) for slot, value in zip(slots, single, strict=True)]
-    best = knapsack(costs, table, budget)
-    frontier = best.frontier
-    # All uniform plans have been measured; `_check_forwards` saw to it that one more can be.
-    candidates = [tuple(best.choice), *(choice for choice in uniform.values() if plans.cost(choice) <= budget)]
-    choice, error = min(((one, plans.error(one)) for one in candidates), key=lambda pair: pair[1])
+    first = knapsack(plans.costs, table, plans.budget)
+    plans.error(tuple(first.choice))
     try:
         for _ in range(ROUNDS):
+            if not plans.affords((len(slots) + 1) * plans.coarse.forwards + plans.fine.forwards):
+                break
             # Again, inside the plan found: what a layer adds to the others' error, interaction included.
+            choice = plans.best[1]
             whole = plans.coarse_error(choice) ** 2
             inside = [whole - plans.coarse_error((*choice[:index], None, *choice[index + 1 :])) ** 2 for index in range(len(slots))]
             floor = 0.01 * whole / len(slots)
             table = [_scaled(slot.options, choice[index], max(inside[index], floor)) for index, slot in enumerate(slots)]
-            again = tuple(knapsack(costs, table, budget).choice)
+            again = tuple(knapsack(plans.costs, table, plans.budget).choice)
             if again == choice:
                 break
-            found = plans.error(again)
-            if found < error:
-                choice, error = again, found
-        choice, error = _swap(plans, costs, table, budget, choice, error)
+            plans.error(again)
+        _swap(plans, table)
     except OutOfForwards:
         pass
-    return choice, error, frontier
+    return first.frontier
 
 
 def _scaled(options: list[Option], measured: int, value: float) -> list[float]:
     """Squared errors of all options from that of one, in proportion to their squared output errors."""
+    if len(options) == 1:
+        return [value]
     reference = max(options[measured].error, 1e-12)
     return [value * (option.error / reference) ** 2 for option in options]
 
 
-def _swap(plans: Plans, costs: list, table: list, budget: int, choice: tuple[int, ...], error: float) -> tuple[tuple[int, ...], float]:
-    """Greedy: the most promising exchanges between two layers, each kept if the whole plan gets better by it."""
+def _swap(plans: Plans, table: list) -> None:
+    """Greedy: the most promising exchanges between two layers, each made if the whole plan gets better by it."""
     for _ in range(SWAPS):
-        moves = sorted(_moves(costs, table, budget - plans.cost(choice), choice))
-        tried = {key for key in plans.seen if key.startswith("fine ")}
-        move = next((new for _, new in moves if "fine " + _digest(new) not in tried), None)
-        if move is None:
-            break
-        found = plans.error(move)
-        if found < error:
-            choice, error = move, found
-    return choice, error
+        choice = plans.best[1]
+        for _, up, down in sorted(_moves(plans.costs, table, plans.budget - plans.cost(choice), choice)):
+            move = tuple(option + (index == up) - (index == down) for index, option in enumerate(choice))
+            if "fine " + _digest(move) not in plans.seen:
+                plans.error(move)
+                break
+        else:
+            return
 
 
-def _moves(costs: list, table: list, slack: int, choice: tuple[int, ...]):
-    """(predicted change, new choice): one layer steps up, and if it must, another steps down to pay for it."""
+def _moves(costs: list, table: list, slack: int, choice: tuple[int, ...]) -> Iterator[tuple[float, int, int]]:
+    """(predicted change, layer that steps up, layer that must step down to pay for it, or -1)."""
     for up, option in enumerate(choice):
         if option + 1 >= len(costs[up]):
             continue
         price = costs[up][option + 1] - costs[up][option] - slack
         gain = table[up][option + 1] - table[up][option]
-        raised = (*choice[:up], option + 1, *choice[up + 1 :])
         if price <= 0:
-            yield gain, raised
+            yield gain, up, -1
             continue
         for down, lower in enumerate(choice):
             if down != up and lower > 0 and costs[down][lower] - costs[down][lower - 1] >= price:
-                yield gain + table[down][lower - 1] - table[down][lower], (*raised[:down], lower - 1, *raised[down + 1 :])
-
-
-def _evolution(plans: Plans, costs: list, budget: int, search: Search, uniform: dict) -> tuple[tuple[int, ...], float, list]:
-    best: list[tuple[float, tuple[int, ...]]] = []
-
-    def fitness(choice: tuple[int, ...]) -> float:
-        error = plans.error(choice)
-        best.append((error, choice))
-        return error
-
-    try:
-        choice, error = evolve(costs, budget, fitness, list(uniform.values()), search.seed)
-    except OutOfForwards:
-        error, choice = min(best)
-    return choice, error, []
+                yield gain + table[down][lower - 1] - table[down][lower], up, down
 
 
 def deployed(slots: list[Slot], found: Found) -> list[LayerPlan]:
     """The plans of the layers that `found` chose."""
     chosen = [slot.options[option] for slot, option in zip(slots, found.choice, strict=True)]
     return [
-        replace(slot.plan, scheme=option.layer.scheme, rounding=option.rounding, error=option.error)
+        replace(slot.plan, scheme=option.layer.scheme, rounding=option.rounding, error=option.error, stored_bytes=option.bytes)
         for slot, option in zip(slots, chosen, strict=True)
     ]
-
-
-class _Timer:
-    """The measured table behind `budget_time_ms`: what each kind of layer takes here, on the backend that will run it."""
-
-    def __init__(self, journal: Journal | None):
-        self.journal = journal
-        self.known: dict[str, float] = dict(journal.known) if journal is not None else {}
-
-    def microseconds(self, layer: QuantLinear, rows: int) -> int:
-        key = f"time {layer.in_features} {layer.out_features} {rows} {layer.scheme.model_dump_json()}"
-        if key not in self.known:
-            self.known[key] = max(1, round(1e6 * self._median(layer, rows)))
-            if self.journal is not None:
-                self.journal.add(key, self.known[key])
-        return int(self.known[key])
-
-    def _median(self, layer: QuantLinear, rows: int) -> float:
-        x = torch.randn(max(1, rows), layer.in_features, device=layer.qdata.device)
-        times = []
-        for _ in range(TIMED_RUNS + 1):  # the first one prepares the weight
-            begin = time.perf_counter()
-            layer(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        layer._prepared = None
-        return sorted(times[1:])[TIMED_RUNS // 2]

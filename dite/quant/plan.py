@@ -21,7 +21,8 @@ def weight_bytes(in_features: int, out_features: int, scheme: LayerScheme) -> in
 class LayerPlan:
     """One linear and how it is quantized; once that is done, also how its codes were chosen and what that cost.
 
-    `error` is relative: of the outputs on held-out inputs if the layer was calibrated (`output_error`), else of the weight.
+    `error` is relative: of the outputs on held-out inputs if the layer was calibrated (`output_error`), else of the weight. `stored_bytes` is what
+    the finished layer takes, where that is known.
     """
 
     name: str
@@ -31,11 +32,12 @@ class LayerPlan:
     scheme: LayerScheme
     rounding: str = "nearest"
     error: float | None = None
+    stored_bytes: int | None = None
 
     @property
     def weight_bytes(self) -> int:
         """Bytes on disk of qdata, fp16 scales, packed zero points, and (16 bits each) smooth scales and low-rank factors."""
-        return weight_bytes(self.in_features, self.out_features, self.scheme)
+        return self.stored_bytes or weight_bytes(self.in_features, self.out_features, self.scheme)
 
 
 @dataclass(frozen=True)
