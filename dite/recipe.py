@@ -128,7 +128,7 @@ class QuantRecipe(Strict):
     """A whole recipe: the contents of `recipes/quant/*.yaml`.
 
     `transform` and `rounding` say what is tried on each layer: with `auto` the best on held-out inputs is kept, as far as `effort` goes; `fast` does
-    not calibrate at all, and rounds to nearest where they say auto. `rank` is that of transforms with a low-rank part. `linears` is in recipes read
+    not calibrate, and rounds to nearest, where they say auto. `rank` is that of transforms with a low-rank part. `linears` is in recipes read
     from a `plan.json`: the digest of the linears that it was found for.
     """
 

@@ -71,6 +71,8 @@ class DiteConfig(QuantizationConfigMixin):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise CheckpointError("quantization_config can't be read", f"{where}: {first['msg']}", "is config.json damaged?") from error
+        if not isinstance(calibration, dict | None) or not isinstance((calibration or {}).get("plan"), dict | None):
+            raise CheckpointError("quantization_config can't be read", "calibration, or plan in it, is no mapping", "is config.json damaged?")
         self.calibration = calibration
 
     @classmethod
@@ -205,6 +207,7 @@ def check_tensors(model: nn.Module) -> None:
     for name, layer in quantized_layers(model).items():
         try:
             layer.tensor.validate(layer.spec)
+            layer.validate_parts()
         except ValueError as error:
             raise CheckpointError(f"layer {name} is damaged", str(error), "copy or download the folder again") from error
 

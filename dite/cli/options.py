@@ -66,12 +66,22 @@ SearchStrategy = Annotated[
         "--search", help="Share bits, groups and transforms out over the layers within a budget (minutes for the built-in model).", show_default=False
     ),
 ]
-BudgetBytes = Annotated[int | None, typer.Option("--budget-bytes", help="Most bytes of transformer weights on disk.", min=1, show_default=False)]
+BudgetBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--budget-bytes", help="Most bytes of transformer weights on disk, what is not quantized counted in bf16.", min=1, show_default=False
+    ),
+]
 BudgetBits = Annotated[
     float | None, typer.Option("--budget-bits", help="Most bits a quantized weight on average, scales included.", min=0.0, show_default=False)
 ]
 BudgetTime = Annotated[
     float | None,
-    typer.Option("--budget-time", metavar="MS", help="Most milliseconds of the quantized layers in one forward, measured here.", show_default=False),
+    typer.Option(
+        "--budget-time",
+        metavar="MS",
+        help="Most milliseconds of the quantized layers in one batch of 8 with guidance, measured here.",
+        show_default=False,
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search of the same model, recipe and output.")]

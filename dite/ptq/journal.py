@@ -5,7 +5,7 @@
   calls.safetensors     the recorded calibration calls, with their structure in the metadata
   fitness.jsonl         one synced line a fitness evaluation: {"key": digest of a choice, "error": number}
 
-Everything else is computed again; it depends on these and on nothing random, so that the plan comes out the same.
+Everything else (the options of the layers) is computed again; it depends on these and on nothing random, so that the plan comes out the same.
 """
 
 import json
@@ -29,13 +29,14 @@ class Journal:
     def __init__(self, folder: Path, header: dict[str, Any]):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._stream = open(folder / FITNESS, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the search
+        self._lock()
         path = folder / HEADER
         if path.exists():
             self._check(path, header)
         else:
             _write_synced(path, json.dumps(header, indent=1))
         self.known: dict[str, float] = dict(self._records())
-        self._stream = open(folder / FITNESS, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the search
 
     def __enter__(self) -> "Journal":
         return self
@@ -74,12 +75,24 @@ class Journal:
                 "repeat the interrupted command exactly, or delete that folder to start anew",
             )
 
+    def _lock(self) -> None:
+        """One run at a time; the lock goes with its process, however that ends. Where files can't be locked, nothing is."""
+        try:
+            import fcntl
+        except ImportError:
+            return
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._stream.close()
+            raise ResumeConflict(f"{self.folder} is in use", "another process is searching with it", "wait for it, or choose another -o") from error
+
     def _records(self):
         path = self.folder / FITNESS
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # the last line was cut off by a kill
-            _write_synced(path, whole)
+            self._stream.truncate(len(whole.encode()))
         for line in whole.splitlines():
             record = json.loads(line)
             yield record["key"], record["error"]
@@ -95,13 +108,15 @@ def write_calls(calls: dict[str, Calls], path: Path) -> None:
             return {"tensor": len(tensors) - 1}
         if isinstance(value, dict):
             return {"dict": {key: skeleton(item) for key, item in value.items()}}
-        if isinstance(value, list | tuple):
+        if type(value) in (list, tuple):
             return {type(value).__name__: [skeleton(item) for item in value]}
+        if isinstance(value, list | tuple):
+            raise TypeError(f"{type(value)} would not come back as it was")
         return {"value": value}
 
-    structure = {name: {part: skeleton(getattr(some, part)) for part in ("calibration", "held_out")} for name, some in calls.items()}
     partial = path.with_suffix(".partial")
     try:
+        structure = {name: {part: skeleton(getattr(some, part)) for part in ("calibration", "held_out")} for name, some in calls.items()}
         text = json.dumps(structure)
     except TypeError:
         return  # a call holds something that JSON can't: it will be recorded again

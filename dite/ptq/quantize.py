@@ -90,6 +90,8 @@ def quantize(
     recipe = load_recipe(recipe, [*(overrides or []), *([f"effort={effort}"] if effort else [])])
     found = denoisers(model)
     plans = {name: _plan_one(part, recipe, example_inputs) for name, part in found.items()}
+    if recipe.linears is not None and len(found) > 1:
+        raise UsageError("this plan can't be repeated", "the pipeline has two transformers; plans are repeated on one", "search again (--search dp)")
     if recipe.linears not in (None, linears_digest(plans)):
         why = "the names and shapes of its linears are not this model's"
         raise UsageError("this plan was found for another model", why, "search again for this model (--search dp), or use a recipe")

@@ -112,7 +112,7 @@ def _relative(errors: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _with_corrected_bias(found: Rounded, linear: nn.Linear, inputs: LayerInputs, rows: torch.Tensor) -> Rounded:
-    """Take the mean output error over the calibration rows off the bias, if the layer has one and held-out errors shrink by it."""
+    """Take what the weight's error does on average over the calibration rows off the bias, if there is one and held-out errors shrink by it."""
     layer = found.layer
     if layer.bias is None or not inputs.count or inputs.total is None or found.error is None:
         return found

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from dite.errors import UnsupportedModel
+from dite.errors import CheckpointError, UnsupportedModel
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan
 from dite.quant.scheme import LayerScheme
@@ -44,6 +44,9 @@ def insert_empty_layers_(model: nn.Module, layers: Mapping[str, LayerScheme], de
     """Replace linears by quantized ones without contents, for a loader to fill."""
     for name, scheme in layers.items():
         linear = model.get_submodule(name)
+        if scheme.rank > min(linear.in_features, linear.out_features):
+            rule = f"rank {scheme.rank} is more than a {linear.out_features}×{linear.in_features} layer can have"
+            raise CheckpointError(f"the scheme of {name} can't be", rule, "was the folder made for another model?")
         dtype = linear.weight.dtype
         replace_(model, name, QuantLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=device, dtype=dtype))
 

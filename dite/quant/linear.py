@@ -18,6 +18,7 @@ from torch import nn
 from dite.errors import QuantizationError, UnsupportedEnvironment, UsageError, did_you_mean
 from dite.quant.scheme import LayerScheme
 from dite.quant.standin import WeightStandIn
+from dite.quant.transforms import LARGEST, SMALLEST
 from dite_kernels import backends
 from dite_kernels.hadamard import rotate, signs
 from dite_kernels.packing import packed_columns
@@ -70,7 +71,7 @@ class QuantLinear(nn.Linear):
     ) -> "QuantLinear":
         """Quantize a linear's weight in the scheme's basis by `quantize(weight, spec)`: rounding to nearest unless given.
 
-        `smooth` [K] multiplies inputs (see `smoothing.representable`); `factor(weight, rank)` gives (down, up) for a scheme with a low-rank part.
+        `smooth` [K] multiplies inputs (see `transforms.representable`); `factor(weight, rank)` gives (down, up) for a scheme with a low-rank part.
         Raises QuantizationError that names the layer if the weight holds NaN or inf.
         """
         weight = linear.weight.detach()
@@ -119,6 +120,15 @@ class QuantLinear(nn.Linear):
     def tensor(self, value: QuantTensor) -> None:
         self.qdata, self.scale, self.zero_point = value.qdata, value.scale, value.zero_point
         self._prepared = None
+
+    def validate_parts(self) -> None:
+        """Raise ValueError unless smooth scales are positive, and no larger than any dtype holds, and low-rank factors are floats."""
+        for name in ("smooth", "lowrank_down", "lowrank_up"):
+            part = getattr(self, name)
+            if part is not None and not part.is_floating_point():
+                raise ValueError(f"{name} is {part.dtype}; it must be a float")
+        if self.smooth is not None and not ((self.smooth >= SMALLEST) & (self.smooth <= LARGEST)).all():
+            raise ValueError(f"smooth holds values outside {SMALLEST:g} to {LARGEST:g}")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] that the layer stands for, in the basis of its input."""

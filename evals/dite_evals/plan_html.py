@@ -19,7 +19,7 @@ FRONTIER_POINTS = 300
 OPEN_RECIPE_LINES = 40
 KEPT = "\n\t"  # control characters that stay
 STRATEGIES = {"dp": "dynamic programming over the layers' sizes and errors", "evolution": "evolution of whole plans"}
-FITNESSES = {"surrogate": "the relative error of the denoiser's guided output", "fid": "FID"}
+FITNESSES = {"surrogate": "the relative error of the final latents of short trajectories", "fid": "FID"}
 MEANINGS = {"S": "smoothing of the input channels", "H": "Hadamard rotation", "L": "low-rank branch beside the codes"}
 NUMERIC = ("size", "error", "sensitivity")
 
@@ -44,7 +44,8 @@ def _summary(document: dict[str, Any]) -> str:
     choice = "The one quantized linear layer has" if count == 1 else f"Each of the {count} quantized linear layers has"
     text = f"{choice} its own number of bits, group size and transform. The transformer takes {size_text(size)}{smaller}."
     if _number(error):
-        text += f" The relative error of the denoiser's guided output is {error:.3g}."
+        of = (document.get("search") or {}).get("fitness") == "fid"
+        text += f" {'Its FID' if of else 'The relative error of the final latents of short trajectories'} is {error:.3g}."
     return text + _against_uniform(document) + _search(document.get("search"))
 
 

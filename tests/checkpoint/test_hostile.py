@@ -211,3 +211,53 @@ def test_a_quantized_model_whose_configuration_is_gone_is_refused(tiny_pipeline,
     path.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="lack the tensor"):
         dite.load(tmp_path / "q")
+
+
+QUICK = ["calibration.num_samples=8", "calibration.num_steps=4", "calibration.num_calls=8", "rounding=nearest", "rank=2"]
+
+
+def change_tensor(folder, ending, change):
+    """Rewrite the tensors whose names end so; the manifest goes, so that only structure is checked."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: change(tensor.clone()) if name.endswith(ending) else tensor for name, tensor in tensors.items()}, path)
+    (folder / MANIFEST).unlink()
+
+
+@pytest.mark.parametrize(
+    ("ending", "change", "why"),
+    [
+        (".smooth", lambda tensor: tensor * 0, "smooth"),
+        (".smooth", lambda tensor: -tensor, "smooth"),
+        (".smooth", lambda tensor: tensor * 1e30, "smooth"),
+        (".smooth", lambda tensor: tensor.long() + 1, "smooth"),
+        (".smooth", lambda tensor: tensor[1:], "smooth"),
+        (".lowrank_up", lambda tensor: tensor * float("nan"), "NaN"),
+        (".lowrank_down", lambda tensor: tensor[:1], "lowrank_down"),
+    ],
+)
+def test_parts_of_a_transform_that_cannot_be_are_refused(tiny_pipeline, tmp_path, ending, change, why):
+    dite.quantize(tiny_pipeline, "w4a8", overrides=[*QUICK, "transform=smooth+lowrank"])
+    dite.save(tiny_pipeline, tmp_path / "q")
+    change_tensor(tmp_path / "q", ending, change)
+    with pytest.raises(CheckpointError, match=why):
+        dite.load(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ('"rank": 0', '"rank": 1000', "rank 1000 is more than"),
+        ('"calibration": null', '"calibration": [1]', "no mapping"),
+        ('"calibration": null', '"calibration": {"plan": "x"}', "no mapping"),
+    ],
+)
+def test_a_scheme_or_a_plan_that_cannot_be_is_refused(folder, old, new, why):
+    path = folder / "transformer/config.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=why):
+        dite.load(folder)

@@ -61,3 +61,14 @@ def test_calls_that_cannot_be_written_are_recorded_again(tmp_path):
     with Journal(tmp_path / "j", HEADER) as journal:
         journal.keep_calls({"transformer": Calls([{"a": object()}], [])})
         assert journal.calls() is None
+
+
+def test_a_journal_in_use_is_refused(tmp_path):
+    with Journal(tmp_path / "j", HEADER), pytest.raises(ResumeConflict, match="in use"):
+        Journal(tmp_path / "j", HEADER)
+    Journal(tmp_path / "j", HEADER).__exit__()
+
+
+def test_calls_that_would_come_back_as_something_else_are_recorded_again(tmp_path):
+    write_calls({"t": Calls([{"shape": torch.Size([1, 2])}], [])}, tmp_path / "calls.safetensors")
+    assert not (tmp_path / "calls.safetensors").exists()

@@ -175,3 +175,50 @@ def test_a_file_that_is_no_plan_is_refused(tiny_pipeline, tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(RecipeError, match="not a plan"):
         dite.quantize(tiny_pipeline, tmp_path / "plan.json")
+
+
+def test_the_best_plan_measured_is_the_one_deployed_wherever_the_forwards_run_out(tiny_pipeline):
+    import copy
+
+    for most in (2600, 4400, 6000):
+        report = dite.quantize(copy.deepcopy(tiny_pipeline), "w4a8", overrides=[*DP, f"search.max_forwards={most}"])
+        layers = report.plan["layers"]
+        other = report.plan["bytes"] - sum(row["bytes"] for row in layers)
+        budget = 7 * sum(row["in_features"] * row["out_features"] for row in layers) / 8
+        fitting = [plan["error"] for plan in report.plan["evaluated"] if plan["bytes"] - other <= budget]
+        assert report.plan["error"] == min(fitting) and report.plan["search"]["forwards"] <= most
+
+
+def test_swaps_are_tried_when_there_are_forwards_for_them(tiny_pipeline, monkeypatch):
+    from dite.ptq import search
+
+    before = []
+    monkeypatch.setattr(search, "_swap", lambda plans, table, swap=search._swap: before.append(len(plans.evaluated)) or swap(plans, table))
+    report = dite.quantize(tiny_pipeline, "w4a8", overrides=[*DP, "search.max_forwards=9000"])
+    assert len(report.plan["evaluated"]) > before[0]
+
+
+def test_a_searched_half_precision_model_is_the_one_that_is_saved(tiny_pipeline, tmp_path):
+    dite.save(tiny_pipeline, tmp_path / "fp")
+    pipe = dite.load(tmp_path / "fp", dtype="bfloat16")
+    before = {name: tensor.dtype for name, tensor in pipe.transformer.named_buffers()}
+    dite.quantize(pipe, "w4a8", overrides=[*DP, "search.transforms=[smooth+hadamard,lowrank]", "rank=2", "search.budget_bits=9"])
+    assert all(tensor.dtype == before[name] for name, tensor in pipe.transformer.named_buffers() if name in before)
+    dite.save(pipe, tmp_path / "q")
+    inputs = example_inputs(pipe.transformer)
+    with torch.no_grad():
+        assert torch.equal(dite.load(tmp_path / "q", dtype="bfloat16").transformer(**inputs)[0], pipe.transformer(**inputs)[0])
+
+
+def test_scales_too_small_for_half_precision_count_as_what_they_take(tiny_pipeline):
+    with torch.no_grad():
+        for block in tiny_pipeline.transformer.transformer_blocks:
+            block.attn1.to_q.weight[0] *= 1e-6
+    tiny_pipeline.to(torch.bfloat16)
+    report = dite.quantize(tiny_pipeline, "w4a8", overrides=[*QUICK, *OPTIONS, "search.strategy=dp", "search.budget_bytes=320000"])
+    assert report.bytes <= 320000
+
+
+def test_a_transform_asked_for_by_name_is_made_on_conditioning_layers_too(tiny_pipeline):
+    dite.quantize(tiny_pipeline, "w4a8", overrides=[*QUICK, "layers={'*.norm1.linear': {transform: hadamard}}"])
+    assert quantized_layers(tiny_pipeline.transformer)["transformer_blocks.0.norm1.linear"].scheme.transform.kind == "hadamard"
