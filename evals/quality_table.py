@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,8 @@ def measure(row: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Fill what is missing in a row: size and fidelity, then FID where the recipe is a named one (groups of 128)."""
     named = row["group_size"] in (None, GROUP_SIZES[0])
     if "bytes" not in row:
-        pipe, facts = build(row, arguments.model, FIDELITY["dtype"])
-        row |= facts
+        pipe, size = build(row, arguments.model, FIDELITY["dtype"])
+        row |= size
         if row["group_size"]:
             found = dite.evaluate(pipe, "fidelity-128", baseline=arguments.model, **FIDELITY | {"n": arguments.n})
             row |= {key: found[key] for key in ("n", "psnr", "ssim", "latent_relative_error", "per_step_error")}
@@ -80,9 +82,28 @@ def build(row: dict[str, Any], model: str, dtype: str) -> tuple[Any, dict[str, A
     changes = overrides if size != GROUP_SIZES[0] else []
     changes += ["effort=fast"] if row["recipe"].endswith(ROUNDED) else []
     recipe = row["recipe"].removesuffix(ROUNDED)
+    if recipe == SEARCHED:
+        return searched(model, dtype)
     stored = dite.quantize(dite.Pipeline.from_pretrained(model), recipe, overrides=changes)  # at the stored dtype: the size on disk
     dite.quantize(pipe, recipe, overrides=changes)
-    return pipe, {"bytes": stored.bytes, "ratio": stored.baseline_bytes / stored.bytes, "seconds_to_quantize": round(stored.seconds, 2)}
+    return pipe, facts(stored)
+
+
+@cache
+def search(model: str) -> tuple[Path, Any]:
+    """A folder with the searched model, and the report: one search serves every precision."""
+    pipe = dite.Pipeline.from_pretrained(model)
+    report = dite.quantize(pipe, SEARCHED)
+    return dite.save(pipe, Path(tempfile.mkdtemp()) / SEARCHED), report
+
+
+def searched(model: str, dtype: str) -> tuple[Any, dict[str, Any]]:
+    folder, report = search(model)
+    return dite.load(folder, dtype=dtype), facts(report)
+
+
+def facts(report: Any) -> dict[str, Any]:
+    return {"bytes": report.bytes, "ratio": report.baseline_bytes / report.bytes, "seconds_to_quantize": round(report.seconds, 2)}
 
 
 def start(arguments: argparse.Namespace) -> dict[str, Any]:
