@@ -2,7 +2,8 @@
 
     python evals/methods_table.py --out docs/results/methods.json [--model builtin:cifar10-dit] [--n 32] [--searched]
 
-Every method quantizes the same layers from the same calibration inputs, recorded once at full precision. A row is written as soon as it is
+Every method quantizes the same layers from the same calibration inputs, recorded once at full precision; `seconds` counts that recording in, while
+methods in one basis share its factorisations. A row is written as soon as it is
 measured; an interrupted run goes on with the next one. `--markdown` prints the table. `--searched` adds the `dp` search, at the bytes of the paper's
 GPTQ in groups of 128.
 """

@@ -65,3 +65,8 @@ def test_resuming_what_was_never_begun_is_refused(search):
 def test_effort_is_part_of_the_recipe(search, tmp_path):
     outcome = search("--effort", "fast", "--json")
     assert outcome.code == 0 and outcome.document["recipe"]["effort"] == "fast"
+
+
+def test_a_budget_given_replaces_the_recipes_own(search):
+    outcome = search("--recipe", "w4a8-mixed", "--budget-bytes", "1000")
+    assert outcome.code == 2 and "no plan fits a budget of 1000" in outcome.err
