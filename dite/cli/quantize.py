@@ -37,10 +37,9 @@ def quantize(
 ) -> Answer:
     """Quantize a model into a folder that plain from_pretrained loads."""
     budgets = {"budget_bytes": budget_bytes, "budget_bits": budget_bits, "budget_time_ms": budget_time}
-    given = any(value is not None for value in budgets.values())
-    flags = {"effort": effort, "search.strategy": search} | {
-        f"search.{key}": "null" if given and value is None else value for key, value in budgets.items()
-    }
+    flags = {"effort": effort, "search.strategy": search} | {f"search.{key}": value for key, value in budgets.items()}
+    if any(value is not None for value in budgets.values()):  # the one that is given replaces the recipe's
+        flags |= {f"search.{key}": "null" for key, value in budgets.items() if value is None}
     chosen = load_recipe(recipe, [*(set or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)])
     from dite.checkpoint.save import check_output  # after the recipe: a typing mistake is answered before torch is loaded
 
