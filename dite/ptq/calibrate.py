@@ -59,7 +59,7 @@ def record(
 ) -> dict[str, Calls]:
     """Sample one trajectory for each of `conditions`, keeping the calls of each of `models` at about `settings.num_calls` steps.
 
-    The step kept moves on by one from one micro-batch to the next, and every fourth call kept is held out. Raises UsageError when so few are kept
+    The step kept moves on by one from one micro-batch to the next, and every fourth step kept is held out. Raises UsageError when so few are kept
     that none is.
     """
     how = SampleSettings(settings.num_steps, settings.guidance)
@@ -84,13 +84,10 @@ def record(
         if 0 < len(recorder.kept) < HOLD_OUT:
             raise UsageError(
                 "calibration is too short",
-                f"it keeps {len(recorder.kept)} of the denoiser's calls, and one in {HOLD_OUT} is held out to judge by",
+                f"it keeps {len(recorder.kept)} of the sampler's steps, and one in {HOLD_OUT} is held out to judge by",
                 "raise calibration.num_samples, num_steps or num_calls",
             )
-    kept, last = {name: recorder.kept for name, recorder in recorders.items()}, HOLD_OUT - 1
-    return {
-        name: Calls([call for index, call in enumerate(calls) if index % HOLD_OUT != last], calls[last::HOLD_OUT]) for name, calls in kept.items()
-    }
+    return {name: recorder.calls() for name, recorder in recorders.items()}
 
 
 class _Recorder:
@@ -100,7 +97,7 @@ class _Recorder:
         self.model, self.num_steps, self.stride = model, num_steps, stride
         self.signature = inspect.signature(type(model).forward)
         self.steps_done = 0
-        self.kept: list[dict[str, Any]] = []
+        self.kept: dict[int, list[dict[str, Any]]] = {}  # by step: some pipelines call twice a step, with and without the condition
 
     def keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         batch, step = divmod(self.steps_done, self.num_steps)
@@ -109,7 +106,13 @@ class _Recorder:
             given = dict(self.signature.bind(module, *args, **kwargs).arguments)
             del given[next(iter(self.signature.parameters))]
             given |= given.pop("kwargs", {})
-            self.kept.append(_mapped(given, lambda tensor: tensor.detach().to("cpu", copy=True)))
+            self.kept.setdefault(self.steps_done, []).append(_mapped(given, lambda tensor: tensor.detach().to("cpu", copy=True)))
+
+    def calls(self) -> Calls:
+        """What was kept; every fourth step is held out, whole."""
+        steps = list(self.kept.values())
+        calibration = [call for index, some in enumerate(steps) if index % HOLD_OUT != HOLD_OUT - 1 for call in some]
+        return Calls(calibration, [call for some in steps[HOLD_OUT - 1 :: HOLD_OUT] for call in some])
 
 
 @torch.no_grad()

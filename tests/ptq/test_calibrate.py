@@ -99,3 +99,25 @@ def test_inputs_that_are_not_finite_name_the_layer(tiny_pipeline, calls):
     broken = [call | {"hidden_states": torch.full_like(call["hidden_states"], torch.nan)} for call in calls.calibration]
     with pytest.raises(QuantizationError, match=r"transformer_blocks\.0\.attn1\.to_q"):
         observe(tiny_pipeline.transformer, ["transformer_blocks.0.attn1.to_q"], Calls(broken, []))
+
+
+def test_a_step_is_held_out_whole_where_a_pipeline_calls_twice_a_step(tiny_pipeline):
+    from dite.ptq.calibrate import _Recorder
+
+    recorder = _Recorder(tiny_pipeline.transformer, num_steps=8, stride=1)
+    for recorder.steps_done in range(8):
+        for condition in (1, 1000):
+            recorder.keep(tiny_pipeline.transformer, (), {"hidden_states": torch.zeros(1), "class_labels": torch.tensor([condition])})
+    calls = recorder.calls()
+    assert [int(call["class_labels"]) for call in calls.held_out] == [1, 1000] * 2 and len(calls.calibration) == 12
+
+
+@pytest.mark.parametrize(("samples", "steps", "calls"), [(64, 50, 4), (64, 50, 7), (256, 50, 16), (64, 20, 6), (64, 50, 64), (8, 4, 8)])
+def test_about_as_many_calls_are_kept_as_were_asked_for(tiny_pipeline, samples, steps, calls):
+    from dite.ptq.calibrate import _Recorder
+
+    batches = samples // 8
+    recorder = _Recorder(tiny_pipeline.transformer, steps, stride=-(-batches * steps // calls))
+    for recorder.steps_done in range(batches * steps):
+        recorder.keep(tiny_pipeline.transformer, (), {"hidden_states": torch.zeros(1)})
+    assert 0.7 * min(calls, batches * steps) <= len(recorder.kept) <= calls + 2

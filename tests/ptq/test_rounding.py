@@ -180,3 +180,13 @@ def test_a_transformed_model_reloads_bit_identical_in_half_precision(tiny_pipeli
         wanted = pipe.transformer(**inputs)[0]
         for loaded in (dite.load(tmp_path / "q", dtype="bfloat16"), DiTPipeline.from_pretrained(tmp_path / "q", torch_dtype=torch.bfloat16)):
             assert torch.equal(loaded.transformer(**inputs)[0], wanted)
+
+
+def test_high_effort_tries_more_and_calibrates_on_what_quantized_layers_put_out(tiny_pipeline, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        rounding, "observe", lambda model, names, calls, observe=rounding.observe: seen.append(len(names)) or observe(model, names, calls)
+    )
+    report = dite.quantize(tiny_pipeline, "w4a4", effort="high", overrides=QUICK)
+    assert len(seen) == 5 and sum(seen) == len(report.layers) and report.recipe.effort == "high"
+    assert {row["transform"] for row in report.layers} <= {"none", "hadamard", "smooth", "smooth+hadamard"}
