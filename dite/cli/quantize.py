@@ -28,6 +28,7 @@ def quantize(
     budget_bits: options.BudgetBits = None,
     budget_time: options.BudgetTime = None,
     dtype: options.Precision = None,
+    device: options.Device = "cpu",
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
     dry_run: options.DryRun = False,
@@ -53,7 +54,7 @@ def quantize(
         raise UsageError("there is nothing to resume", "only a search (--search dp or evolution) keeps a journal", "leave --resume out")
     from dite.models.load import load_pipeline
 
-    pipe = load_pipeline(model, dtype=dtype and dtype.value)
+    pipe = load_pipeline(model, dtype=dtype and dtype.value, device=device)
     if dry_run:
         from dite.ptq.quantize import plan
 
