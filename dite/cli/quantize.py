@@ -58,7 +58,7 @@ def quantize(
     if dry_run:
         from dite.ptq.quantize import plan
 
-        return _planned(plan(pipe, chosen), output)
+        return _planned(plan(pipe, chosen), output, chosen.search)
     with progress(no_progress) as tick:
         try:
             report = dite.quantize(pipe, chosen, progress=tick, journal=journal)
@@ -99,7 +99,7 @@ def _page(plan: dict | None) -> dict[str, str]:
     return {"plan.html": plan_html(plan)}
 
 
-def _planned(plan, output) -> Answer:
+def _planned(plan, output, search) -> Answer:
     layers = [
         {
             "name": layer.name,
@@ -119,8 +119,17 @@ def _planned(plan, output) -> Answer:
             layer["name"], layer["kind"], str(layer["in_features"]), str(layer["out_features"]), f"{weight['num_bits']} bits, {groups}", per
         )
     skipped = [f"skipped {name}: {reason}" for name, reason in plan.skipped.items()]
+    if search.active:
+        skipped.append(f"bits, groups and transforms as above are where the search ({search.strategy}) starts; it changes them within its budget")
     total = f"{len(layers)} layers, about {megabytes(plan.estimated_bytes)}; nothing was written to {output}"
-    document = {"dry_run": True, "output": str(output), "layers": layers, "skipped": plan.skipped, "estimated_bytes": plan.estimated_bytes}
+    document = {
+        "dry_run": True,
+        "search": search.strategy,
+        "output": str(output),
+        "layers": layers,
+        "skipped": plan.skipped,
+        "estimated_bytes": plan.estimated_bytes,
+    }
     return Answer(document, Group(table, *map(escape, skipped), escape(total)))
 
 

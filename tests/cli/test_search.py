@@ -70,3 +70,8 @@ def test_effort_is_part_of_the_recipe(search, tmp_path):
 def test_a_budget_given_replaces_the_recipes_own(search):
     outcome = search("--recipe", "w4a8-mixed", "--budget-bytes", "1000")
     assert outcome.code == 2 and "no plan fits a budget of 1000" in outcome.err
+
+
+def test_a_dry_run_says_that_the_search_will_change_the_plan(search):
+    outcome = search("--search", "dp", "--budget-bits", "7", "--dry-run")
+    assert outcome.code == 0 and "it changes them within its budget" in " ".join(outcome.out.split())
