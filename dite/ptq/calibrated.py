@@ -105,11 +105,9 @@ def _search(
 def _fid(pipe: Any, search) -> Fid:
     from dite.evaluation import evaluate
 
-    def measure(n: int) -> float:
-        return evaluate(pipe, search.fid_protocol, n=n, dtype="float32")["fid"]
-
-    steps = evaluate(pipe, search.fid_protocol, n=search.fid_samples, dtype="float32", dry_run=True)["protocol"]["steps"]
-    return Fid(measure, search.fid_samples, 2 * steps * search.fid_samples)
+    how = {"protocol": search.fid_protocol, "n": search.fid_samples, "dtype": "float32"}
+    steps = evaluate(pipe, **how, dry_run=True)["protocol"]["steps"]
+    return Fid(lambda: evaluate(pipe, **how)["fid"], 2 * steps * search.fid_samples)
 
 
 @contextmanager

@@ -38,10 +38,10 @@ class Trajectories:
 
 
 class Fid:
-    """FID of `num_samples` images, the paper's fitness; `evaluate(n)` returns it. Slow, and noisier than most of what it has to tell apart."""
+    """The paper's fitness: `measure()` is the FID of some images. Slow, and noisier than most of what it has to tell apart."""
 
-    def __init__(self, evaluate: Callable[[int], float], num_samples: int, forwards: int):
-        self.evaluate, self.num_samples, self.forwards = evaluate, num_samples, forwards
+    def __init__(self, measure: Callable[[], float], forwards: int):
+        self.measure, self.forwards = measure, forwards
 
     def __call__(self) -> float:
-        return self.evaluate(self.num_samples)
+        return self.measure()

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from dite.ptq.search import Found
-from dite.quant.plan import QuantPlan
+from dite.quant.plan import LayerPlan, QuantPlan
 from dite.quant.scheme import LayerScheme
 from dite.recipe import QuantRecipe
 
@@ -36,7 +36,7 @@ def plan_document(found: dict[str, nn.Module], plans: dict[str, QuantPlan], reci
         "uniform": [{"name": name, "bytes": cost + other, "error": error} for name, cost, error in result.uniform],
         "frontier": [{"bytes": cost + other, "error": error**0.5} for cost, error in frontier],
         "evaluated": [{"bytes": cost + other, "error": error} for cost, error in result.evaluated],
-        "layers": [_layer(prefix, layer) for prefix, layer in layers],
+        "layers": [layer_facts(prefix, layer) for prefix, layer in layers],
         "skipped": {name: reason for one in plans.values() for name, reason in one.skipped.items()},
     }
 
@@ -64,7 +64,8 @@ def transform_name(scheme: LayerScheme) -> str:
     return "+".join(parts + (["lowrank"] if scheme.rank else [])) or "none"
 
 
-def _layer(prefix: str, layer) -> dict[str, Any]:
+def layer_facts(prefix: str, layer: LayerPlan) -> dict[str, Any]:
+    """A quantized layer as `plan.json` and `dite quantize --json` tell it; `prefix` is its component's name where there are several."""
     scheme = layer.scheme
     return {
         "name": prefix + layer.name,

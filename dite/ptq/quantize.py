@@ -13,7 +13,7 @@ from dite.models.access import denoisers, unwrap
 from dite.models.discovery import discover
 from dite.models.planning import baseline_bytes, make_plan
 from dite.ptq.calibrated import calibrated_
-from dite.ptq.plan_document import linears_digest, transform_name
+from dite.ptq.plan_document import layer_facts, linears_digest
 from dite.quant.apply import Progress, check_weights, quantize_linears_
 from dite.quant.plan import QuantPlan
 from dite.recipe import QuantRecipe, load_recipe
@@ -109,10 +109,10 @@ def quantize(
             plans[name] = replace(plans[name], layers=[replace(layer, error=errors[layer.name]) for layer in plans[name].layers])
     for name, part in found.items():
         mark_quantized_(part, plans[name], recipe, document and {"plan": document})
-    layers, skipped = [], {}
+    layers, skipped, error_of = [], {}, "outputs" if used.calibrated else "weights"
     for name in found:
         prefix = _prefix(name, found)
-        layers += [_row(prefix, layer, used.calibrated) for layer in plans[name].layers]
+        layers += [layer_facts(prefix, layer) | {"error_of": error_of} for layer in plans[name].layers]
         skipped |= {prefix + layer: reason for layer, reason in plans[name].skipped.items()}
     size = sum(tensor.numel() * tensor.element_size() for part in found.values() for tensor in part.state_dict().values())
     narrow = sum(one.estimated_bytes for one in plans.values())
@@ -166,22 +166,6 @@ def _nothing_to_sample_with(model: Any, recipe: QuantRecipe) -> tuple[str, str] 
     if not (takes_classes(pipe) or recipe.calibration.prompts):
         return f"{type(pipe).__name__} draws from prompts, and the recipe has none", "add calibration.prompts to the recipe"
     return None
-
-
-def _row(prefix: str, layer, calibrated: bool) -> dict[str, Any]:
-    scheme = layer.scheme
-    return {
-        "name": prefix + layer.name,
-        "kind": layer.kind,
-        "weight_bits": scheme.weight.num_bits,
-        "activation_bits": scheme.activation.num_bits if scheme.activation else None,
-        "group_size": scheme.weight.group_size,
-        "transform": transform_name(scheme),
-        "rank": scheme.rank,
-        "rounding": layer.rounding,
-        "error": layer.error,
-        "error_of": "outputs" if calibrated else "weights",
-    }
 
 
 def _prefix(name: str, found: dict) -> str:

@@ -6,6 +6,7 @@ that include zero, and no column ever dropped: one that calibration never excite
 Shapes: weight [N, K], hessian [K, K]; G groups of g columns a row.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,25 +90,22 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
     Raises SingularHessian when nothing helps.
     """
+    for lower in roots(hessian):
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if failed == 0 and torch.isfinite(upper).all():
+            return upper.float()
+    raise SingularHessian("no damping makes this Hessian positive definite; does it hold NaN or inf?")
+
+
+def roots(hessian: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Lower triangular L, fp64 [K, K], with L Lᵀ = H + damping, for every damping that makes H positive definite, the smallest first."""
     wide = hessian.double()
     mean = wide.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     silent = wide.diagonal() <= 0
     for damping in DAMPINGS:
-        damped = wide + torch.diag(torch.full_like(wide.diagonal(), float(damping * mean)) + silent * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(wide + torch.diag(torch.full_like(wide.diagonal(), float(damping * mean)) + silent * mean))
         if failed == 0 and torch.isfinite(lower).all():
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if failed == 0 and torch.isfinite(upper).all():
-                return upper.float()
-    raise SingularHessian("no damping makes this Hessian positive definite; does it hold NaN or inf?")
-
-
-def output_error(weight: torch.Tensor, approximate: torch.Tensor, hessian: torch.Tensor) -> float:
-    """‖(W − Ŵ) X‖ / ‖W X‖ for inputs with these second moments."""
-    difference = (weight - approximate).float()
-    squared = (difference @ hessian * difference).sum()
-    norm = (weight.float() @ hessian * weight.float()).sum()
-    return float((squared / norm).clamp(min=0).sqrt()) if norm > 0 else 0.0
+            yield lower
 
 
 def _importance(diagonal: torch.Tensor) -> torch.Tensor:

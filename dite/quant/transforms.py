@@ -8,6 +8,8 @@ Shapes: N out features, K in features, r rank.
 
 import torch
 
+from dite.quant.gptq import roots
+
 SMALLEST, LARGEST = 2.0**-14, 2.0**15  # normal numbers of fp16
 
 
@@ -30,10 +32,10 @@ def representable(multiplier: torch.Tensor) -> torch.Tensor:
 def low_rank(weight: torch.Tensor, moments: torch.Tensor | None, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(down [r, K], up [N, r]), the best approximation of `weight` [N, K] of that rank for inputs with second moments `moments` [K, K].
 
-    Without moments, all input directions count alike. A rank above the weight's own leaves the rest zero.
+    Without moments (or with NaN in them), all input directions count alike. A rank above the weight's own leaves the rest zero.
     """
     wide = weight.double()
-    root = None if moments is None else _root(moments.double())
+    root = None if moments is None else next(roots(moments), None)
     u, s, v = torch.linalg.svd(wide if root is None else wide @ root, full_matrices=False)
     rank_here = min(rank, len(s))
     up, down = u[:, :rank_here] * s[:rank_here].sqrt(), s[:rank_here, None].sqrt() * v[:rank_here]
@@ -45,13 +47,3 @@ def low_rank(weight: torch.Tensor, moments: torch.Tensor | None, rank: int) -> t
 
 def _positive(values: torch.Tensor) -> torch.Tensor:
     return values.clamp(min=max(1e-5 * float(values.max()), torch.finfo(torch.float32).tiny))
-
-
-def _root(moments: torch.Tensor) -> torch.Tensor:
-    """Lower triangular L with L Lᵀ = moments, damped until there is one."""
-    mean = moments.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    for damping in (0.01, 0.1, 1.0, 10.0):
-        lower, failed = torch.linalg.cholesky_ex(moments + torch.diag(torch.full_like(moments.diagonal(), float(damping * mean))))
-        if failed == 0 and torch.isfinite(lower).all():
-            return lower
-    return torch.eye(len(moments), dtype=torch.float64, device=moments.device)
