@@ -13,6 +13,7 @@ import copy
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ class Bench:
         model = copy.deepcopy(self.transformer)
         begin, total = time.monotonic(), plan.other_bytes
         for layer in plan.layers:
-            found = round_layer(model.get_submodule(layer.name), layer.scheme, layer.kind, self.inputs[layer.name], choices, layer.name)
+            how = choices if layer.kind == "token" else replace(choices, transform="none")
+            found = round_layer(model.get_submodule(layer.name), layer.scheme, self.inputs[layer.name], how, layer.name)
             total += weight_bytes_of(layer, found.layer)
             replace_(model, layer.name, found.layer)
         seconds = time.monotonic() - begin

@@ -15,7 +15,7 @@ from dite.models.planning import baseline_bytes
 from dite.ptq.calibrate import Calls, record
 from dite.ptq.fitness import Fid, Trajectories
 from dite.ptq.journal import Journal
-from dite.ptq.options import build_options, check_budget, choices_of, limit
+from dite.ptq.options import build_options, check_budget, limit
 from dite.ptq.plan_document import plan_document
 from dite.ptq.rounding import round_linears_
 from dite.ptq.search import Found, Plans, deployed, search_plans
@@ -53,8 +53,7 @@ def calibrated_(
         else:
             plans = dict(plans)
             for name, part in found.items():
-                given = {layer.name: transform for layer in plans[name].layers if (transform := recipe.transform_of(layer.name))}
-                plans[name], short = round_linears_(part, plans[name], calls[name], choices_of(recipe), given, progress)
+                plans[name], short = round_linears_(part, plans[name], calls[name], recipe, progress)
                 notes += _short_notes(short)
     return plans, document, notes
 

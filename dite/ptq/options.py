@@ -12,7 +12,7 @@ from torch import nn
 from dite.errors import UsageError
 from dite.ptq.calibrate import Calls, LayerInputs, observe
 from dite.ptq.journal import Journal
-from dite.ptq.rounding import Choices, Rounded, needed, portions, round_layer
+from dite.ptq.rounding import Choices, Rounded, choices_of, needed, portions, round_layer
 from dite.quant.apply import Progress
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import LayerPlan, QuantPlan, weight_bytes
@@ -64,7 +64,7 @@ def build_options(
             if seen is None or seen.count < needed(layer):
                 short.append(layer.name)
             ways = [(layer.scheme, "none")] if seen is None else layer_options(layer, recipe)
-            options = [_option(linear, layer, scheme, choices_of(recipe, transform), seen) for scheme, transform in ways]
+            options = [_option(linear, layer, scheme, choices_of(recipe, layer, transform), seen) for scheme, transform in ways]
             if timer is not None:
                 rows = 1 if seen is None else seen.count // len(calls.calibration)
                 options = [replace(option, cost=timer.microseconds(option.layer, rows)) for option in options]
@@ -79,7 +79,7 @@ def _option(linear: nn.Linear, layer: LayerPlan, scheme: LayerScheme, choices: C
     if seen is None:
         found = Rounded(QuantLinear.from_linear(linear, scheme, layer.name), "nearest", None)
     else:
-        found = round_layer(linear, scheme, "token" if choices.transform != "none" else layer.kind, seen, choices, layer.name)
+        found = round_layer(linear, scheme, seen, choices, layer.name)
     size = stored_bytes(found.layer)
     return Option(found.layer, found.rounding, found.error, size, size)
 
@@ -88,11 +88,6 @@ def stored_bytes(layer: QuantLinear) -> int:
     """Bytes on disk of what stands for the weight, at 16 bits a smooth scale and low-rank factor. Scales may be wider than planned: tiny ones are."""
     codes = [tensor.numel() * tensor.element_size() for tensor in (layer.qdata, layer.scale, layer.zero_point) if tensor is not None]
     return sum(codes) + sum(2 * tensor.numel() for tensor in (layer.smooth, layer.lowrank_down, layer.lowrank_up) if tensor is not None)
-
-
-def choices_of(recipe: QuantRecipe, transform: str | None = None) -> Choices:
-    """The recipe's choices, with another transform in a search."""
-    return Choices(transform or recipe.transform, recipe.rounding, recipe.rank, recipe.gptq.ordered, recipe.gptq.shrink, recipe.effort)
 
 
 def layer_options(layer: LayerPlan, recipe: QuantRecipe) -> list[tuple[LayerScheme, str]]:

@@ -1,7 +1,7 @@
 """Quantize one linear: try the ways that a recipe allows, keep the one whose outputs on held-out inputs are nearest to the original's."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from dite.quant.linear import QuantLinear
 from dite.quant.plan import LayerPlan, QuantPlan
 from dite.quant.scheme import LayerScheme, TransformScheme
 from dite.quant.transforms import low_rank, smooth_scale
+from dite.recipe import QuantRecipe
 from dite_kernels import dense
 from dite_kernels.hadamard import rotate, signs
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
@@ -44,15 +45,25 @@ class Choices:
     shrink: bool = False
     effort: str = "default"
 
-    def trials(self, kind: str) -> Iterator["Trial"]:
-        """Only token linears are changed: conditioning linears keep their activations in floats, and gain nothing from it."""
+    def trials(self) -> Iterator["Trial"]:
+        """Everything to try, in order."""
         methods = {"nearest": ["nearest"], "gptq": ["gptq"], "auto": ["nearest", "gptq"]}[self.rounding]
         basis, _, _ = self.transform.removesuffix(LOW_RANK).rpartition("+")
         names = AUTO[self.effort] if self.transform == "auto" else [basis or "none"] if self.transform.endswith(LOW_RANK) else [self.transform]
         rank = self.rank if self.transform.endswith(LOW_RANK) else 0
-        for name in names if kind == "token" else ["none"]:
+        for name in names:
             for strength in STRENGTHS[self.effort] if name.startswith("smooth") else (None,):
-                yield from (Trial(BASES[name], method, rank if kind == "token" else 0, strength) for method in methods)
+                yield from (Trial(BASES[name], method, rank, strength) for method in methods)
+
+
+def choices_of(recipe: QuantRecipe, layer: LayerPlan, transform: str | None = None) -> Choices:
+    """What the recipe, or a search with its own `transform`, tries on a layer.
+
+    Conditioning linears keep their activations in floats and gain nothing from a transform: they are changed only where a pattern says so.
+    """
+    usual = recipe.transform if layer.kind == "token" else "none"
+    chosen = transform or recipe.transform_of(layer.name) or usual
+    return Choices(chosen, recipe.rounding, recipe.rank, recipe.gptq.ordered, recipe.gptq.shrink, recipe.effort)
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,11 @@ class Rounded:
 
 
 @torch.no_grad()
-def round_layer(linear: nn.Linear, scheme: LayerScheme, kind: str, inputs: LayerInputs, choices: Choices, name: str = "layer") -> Rounded:
+def round_layer(linear: nn.Linear, scheme: LayerScheme, inputs: LayerInputs, choices: Choices, name: str = "layer") -> Rounded:
     """The best of what `choices` allow, its bias corrected where that helps."""
     rows = torch.cat(inputs.rows) if inputs.rows else None
     best: Rounded | None = None
-    for trial in choices.trials(kind):
+    for trial in choices.trials():
         try:
             layer = _rounded(linear, scheme, inputs, trial, choices, name)
         except SingularHessian:
@@ -159,25 +170,23 @@ def _transformed(moments: torch.Tensor, basis: TransformScheme, smooth: torch.Te
 
 
 def round_linears_(
-    model: nn.Module, plan: QuantPlan, calls: Calls, choices: Choices, given: Mapping[str, str], progress: Progress | None = None
+    model: nn.Module, plan: QuantPlan, calls: Calls, recipe: QuantRecipe, progress: Progress | None = None
 ) -> tuple[QuantPlan, list[str]]:
-    """Replace every planned linear by its best quantized form; returns the plan as it was carried out, with each layer's transform, and notes on
-    layers that saw too little. `given` are the transforms of layers that don't leave theirs to `choices`.
+    """Replace every planned linear by its best quantized form; returns the plan as it was carried out, with each layer's transform, and the names of
+    layers that saw too little.
 
     Layers are observed a few at a time, so that their moments take at most MOMENT_BYTES; later ones are calibrated on what the quantized ones
     before them put out.
     """
     done: list[LayerPlan] = []
     short: list[str] = []
-    for some in portions(plan.layers, ROUNDS[choices.effort]):
+    for some in portions(plan.layers, ROUNDS[recipe.effort]):
         inputs = observe(model, [layer.name for layer in some], calls)
         short += [layer.name for layer in some if layer.name not in inputs or inputs[layer.name].count < needed(layer)]
         for layer in some:
             linear = model.get_submodule(layer.name)
             if layer.name in inputs:  # taken out: its moments and their factorisations are large
-                how = replace(choices, transform=given.get(layer.name, choices.transform))
-                kind = "token" if given.get(layer.name, "none") != "none" else layer.kind  # a transform asked for by name is made
-                found = round_layer(linear, layer.scheme, kind, inputs.pop(layer.name), how, layer.name)
+                found = round_layer(linear, layer.scheme, inputs.pop(layer.name), choices_of(recipe, layer), layer.name)
             else:  # a layer that the model's forward never called
                 found = Rounded(QuantLinear.from_linear(linear, layer.scheme, layer.name), "nearest", None)
             replace_(model, layer.name, found.layer)

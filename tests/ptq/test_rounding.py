@@ -10,9 +10,10 @@ from dite.models.families import example_inputs
 from dite.ptq import rounding
 from dite.ptq.calibrate import LayerInputs
 from dite.ptq.plan_document import transform_name
-from dite.ptq.rounding import Choices, output_error, round_layer
+from dite.ptq.rounding import Choices, choices_of, output_error, round_layer
 from dite.quant.apply import quantized_layers
 from dite.quant.linear import QuantLinear
+from dite.quant.plan import LayerPlan
 from dite.quant.scheme import ActivationScheme, LayerScheme, TransformScheme, WeightScheme
 from dite.recipe import load_recipe
 
@@ -34,9 +35,9 @@ def inputs_of(x, held_out):
     return LayerInputs(x.T @ x, len(x), [held_out], x.sum(0), x.abs().amax(0))
 
 
-def best(problem, kind="token", transform="auto", rounding="auto", scheme=W4A4):
+def best(problem, transform="auto", rounding="auto", scheme=W4A4):
     linear, inputs = problem
-    return round_layer(linear, scheme, kind, inputs, Choices(transform, rounding))
+    return round_layer(linear, scheme, inputs, Choices(transform, rounding))
 
 
 @pytest.mark.parametrize("sign_seed", [None, 3])
@@ -69,14 +70,16 @@ def test_a_rotation_that_does_not_pay_is_not_made():
     assert found.layer.scheme.transform.kind == "none"
 
 
-def test_conditioning_layers_are_not_rotated(problem):
-    assert best(problem, kind="conditioning", transform="hadamard").layer.scheme.transform.kind == "none"
+def test_conditioning_layers_are_transformed_only_where_a_pattern_says_so():
+    layer = LayerPlan("a.norm1.linear", "conditioning", 8, 8, W4A4)
+    assert choices_of(load_recipe("w4a8", ["transform=hadamard"]), layer).transform == "none"
+    assert choices_of(load_recipe("w4a8", ["layers={'*.norm1.*': {transform: hadamard}}"]), layer).transform == "hadamard"
 
 
 def test_moments_that_are_not_finite_fall_back_to_rounding(problem):
     linear, inputs = problem
     inputs.moments[0, 0] = torch.nan
-    found = round_layer(linear, W4A4, "token", inputs, Choices("auto", "gptq"))
+    found = round_layer(linear, W4A4, inputs, Choices("auto", "gptq"))
     assert found.rounding == "nearest" and torch.equal(found.layer.qdata, QuantLinear.from_linear(linear, W4A4).qdata)
 
 
@@ -162,7 +165,7 @@ def test_every_transform_is_at_least_as_good_as_none_where_channels_stand_out(pr
 def test_a_bias_is_corrected_where_that_helps(problem):
     linear, inputs = problem
     shifted = inputs_of(inputs.rows[0] + 3, inputs.rows[0] + 3)
-    found = round_layer(linear, W4A4, "token", shifted, Choices("none", "nearest"))
+    found = round_layer(linear, W4A4, shifted, Choices("none", "nearest"))
     assert not torch.equal(found.layer.bias, linear.bias)
     assert found.error < output_error(linear, QuantLinear.from_linear(linear, W4A4), shifted.rows[0])
 
