@@ -84,4 +84,4 @@ BudgetTime = Annotated[
         show_default=False,
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search of the same model, recipe and output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same model, recipe and output.")]

@@ -47,11 +47,11 @@ def quantize(
     check_output(output, overwrite)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise UsageError(f"{output} is the model itself", "--overwrite would replace the original by its quantized copy", "choose another -o")
-    journal = journal_of(output) if chosen.search.active else None
+    journal = journal_of(output) if chosen.calibrated else None
     if journal is not None:
         check_journal(journal, resume)
     elif resume:
-        raise UsageError("there is nothing to resume", "only a search (--search dp or evolution) keeps a journal", "leave --resume out")
+        raise UsageError("there is nothing to resume", "only calibration and search keep a journal; this recipe rounds", "leave --resume out")
     from dite.models.load import load_pipeline
 
     pipe = load_pipeline(model, dtype=dtype and dtype.value, device=device)
@@ -69,7 +69,7 @@ def quantize(
     note(f"writing {output}")
     dite.save(pipe, output, overwrite=overwrite, attachments=_page(report.plan))
     if journal is not None:
-        shutil.rmtree(journal)
+        shutil.rmtree(journal, ignore_errors=True)  # there is none where nothing could be calibrated
     for line in report.notes:
         note(line)
     for pattern in report.unmatched_patterns:
@@ -79,16 +79,18 @@ def quantize(
 
 
 def journal_of(output: Path) -> Path:
-    """Where a search that writes `output` keeps what it measured."""
+    """Where a run that writes `output` keeps what it has done."""
     return output.with_name(output.name + ".journal")
 
 
 def check_journal(journal: Path, resume: bool) -> None:
-    """Raise ResumeConflict when an interrupted search lies there and nobody asked to go on with it."""
-    if journal.exists() and not resume:
-        raise ResumeConflict(f"{journal} holds an interrupted search", "what it measured would be lost", "add --resume, or delete that folder")
+    """Raise ResumeConflict when an interrupted run lies there and nobody asked to go on with it."""
+    from dite.ptq.journal import holds_work
+
+    if not resume and holds_work(journal):
+        raise ResumeConflict(f"{journal} holds an interrupted run", "what it has done would be lost", "add --resume, or delete that folder")
     if resume and not journal.exists():
-        raise ResumeConflict("there is no interrupted search to resume", f"{journal} does not exist", "leave --resume out, or check -o")
+        raise ResumeConflict("there is no interrupted run to resume", f"{journal} does not exist", "leave --resume out, or check -o")
 
 
 def _page(plan: dict | None) -> dict[str, str]:

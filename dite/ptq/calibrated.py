@@ -36,7 +36,7 @@ def calibrated_(
 ) -> tuple[QuantPlans, dict[str, Any] | None, list[str]]:
     """Quantize the models `found` in a pipeline; returns their plans as carried out, the document of a search, and notes.
 
-    Interrupted or failing, a search leaves the models as they were.
+    Interrupted or failing, a search leaves the models as they were. `journal` is where either keeps what it has done.
     """
     notes: list[str] = []
     document = None
@@ -53,7 +53,7 @@ def calibrated_(
         else:
             plans = dict(plans)
             for name, part in found.items():
-                plans[name], short = round_linears_(part, plans[name], calls[name], recipe, progress)
+                plans[name], short = round_linears_(part, plans[name], calls[name], recipe, progress, opened, f"{name}.")
                 notes += _short_notes(short)
     return plans, document, notes
 

@@ -3,9 +3,11 @@
 <output>.journal/
   header.json           what the run is: digests of model and recipe; another run's journal is refused
   calls.safetensors     the recorded calibration calls, with their structure in the metadata
-  fitness.jsonl         one synced line a fitness evaluation: {"key": digest of a choice, "error": number}
+  fitness.jsonl         of a search: one synced line a fitness evaluation: {"key": digest of a choice, "error": number}
+  layers/*.safetensors  without a search: each layer as it was quantized
 
-Everything else (the options of the layers) is computed again; it depends on these and on nothing random, so that the plan comes out the same.
+Everything else (the options that a search has for each layer) is computed again; it depends on these and on nothing random, so that what comes
+out is the same.
 """
 
 import json
@@ -20,7 +22,14 @@ from safetensors.torch import save_file
 from dite.errors import ResumeConflict
 from dite.ptq.calibrate import Calls
 
-HEADER, CALLS, FITNESS = "header.json", "calls.safetensors", "fitness.jsonl"
+HEADER, CALLS, FITNESS, LAYERS = "header.json", "calls.safetensors", "fitness.jsonl", "layers"
+FACTS = "facts"
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run left anything in `folder` that it would take time to repeat."""
+    fitness = folder / FITNESS
+    return (folder / CALLS).exists() or (fitness.exists() and fitness.stat().st_size > 0)
 
 
 class Journal:
@@ -32,7 +41,7 @@ class Journal:
         self._stream = open(folder / FITNESS, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the search
         self._lock()
         path = folder / HEADER
-        if path.exists():
+        if path.exists() and holds_work(folder):
             self._check(path, header)
         else:
             _write_synced(path, json.dumps(header, indent=1))
@@ -62,6 +71,25 @@ class Journal:
         """Write calls down, whole or not at all."""
         write_calls(calls, self.folder / CALLS)
 
+    def keep_layer(self, name: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Write a quantized layer down, whole or not at all; `facts` go through JSON."""
+        path = self._layer(name)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, {FACTS: json.dumps(facts)})
+        os.replace(partial, path)
+
+    def layer(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What `keep_layer` wrote for `name`, if an earlier run came to that."""
+        try:
+            with safe_open(self._layer(name), "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()[FACTS])  # noqa: SIM118 - no mapping
+        except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+
+    def _layer(self, name: str) -> Path:
+        return self.folder / LAYERS / f"{name}.safetensors"
+
     def _check(self, path: Path, header: dict[str, Any]) -> None:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +113,7 @@ class Journal:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._stream.close()
-            raise ResumeConflict(f"{self.folder} is in use", "another process is searching with it", "wait for it, or choose another -o") from error
+            raise ResumeConflict(f"{self.folder} is in use", "another process is working with it", "wait for it, or choose another -o") from error
 
     def _records(self):
         path = self.folder / FITNESS

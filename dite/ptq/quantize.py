@@ -77,8 +77,8 @@ def quantize(
 
     `recipe` is a name, a YAML file, a dict or a QuantRecipe; `effort` (fast, default, high) and `overrides` (`a.b=c` strings) change it.
     `example_inputs` (keyword arguments of the model's forward) tell token from conditioning linears in a model dite doesn't know.
-    `progress(what, done, total)` is called as the work goes on. `journal` is a folder in which a search writes down what it measures; given again
-    after an interruption, it goes on from there.
+    `progress(what, done, total)` is called as the work goes on. `journal` is a folder in which calibration and search write down what they
+    have done; given again after an interruption, they go on from there.
 
     A recipe that calibrates or searches samples with the pipeline first. Where there is nothing to sample with (a bare model, a text model and no
     calibration.prompts), one that leaves its choices to `auto` rounds to nearest instead, and the report's notes say so; others are refused.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dite.ptq.calibrate import Calls, LayerInputs, observe
+from dite.ptq.journal import Journal
 from dite.quant.apply import Progress, replace_
 from dite.quant.gptq import SingularHessian, curvature, gptq
 from dite.quant.linear import QuantLinear
@@ -170,30 +171,62 @@ def _transformed(moments: torch.Tensor, basis: TransformScheme, smooth: torch.Te
 
 
 def round_linears_(
-    model: nn.Module, plan: QuantPlan, calls: Calls, recipe: QuantRecipe, progress: Progress | None = None
+    model: nn.Module,
+    plan: QuantPlan,
+    calls: Calls,
+    recipe: QuantRecipe,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+    prefix: str = "",
 ) -> tuple[QuantPlan, list[str]]:
     """Replace every planned linear by its best quantized form; returns the plan as it was carried out, with each layer's transform, and the names of
     layers that saw too little.
 
     Layers are observed a few at a time, so that their moments take at most MOMENT_BYTES; later ones are calibrated on what the quantized ones
-    before them put out.
+    before them put out. Layers are kept in `journal`, under `prefix` and their names, and taken from it if they are there.
     """
     done: list[LayerPlan] = []
     short: list[str] = []
     for some in portions(plan.layers, ROUNDS[recipe.effort]):
-        inputs = observe(model, [layer.name for layer in some], calls)
-        short += [layer.name for layer in some if layer.name not in inputs or inputs[layer.name].count < needed(layer)]
+        kept = {layer.name: journal and _kept(journal, prefix, model, layer) for layer in some}
+        missing = [name for name, found in kept.items() if found is None]
+        inputs = observe(model, missing, calls) if missing else {}
         for layer in some:
-            linear = model.get_submodule(layer.name)
-            if layer.name in inputs:  # taken out: its moments and their factorisations are large
-                found = round_layer(linear, layer.scheme, inputs.pop(layer.name), choices_of(recipe, layer), layer.name)
-            else:  # a layer that the model's forward never called
-                found = Rounded(QuantLinear.from_linear(linear, layer.scheme, layer.name), "nearest", None)
+            found, little = kept.pop(layer.name) or _observed(model, layer, inputs.pop(layer.name, None), recipe)
+            if journal is not None and layer.name in missing:
+                _keep(journal, prefix, layer, found, little)
+            short += [layer.name] if little else []
             replace_(model, layer.name, found.layer)
             done.append(replace(layer, scheme=found.layer.scheme, rounding=found.rounding, error=found.error))
             if progress:
                 progress(f"layers: {layer.name}", len(done), len(plan.layers))
     return replace(plan, layers=done), short
+
+
+def _observed(model: nn.Module, layer: LayerPlan, inputs: LayerInputs | None, recipe: QuantRecipe) -> tuple[Rounded, bool]:
+    """A layer quantized by what it was given, and whether that was less than it should be; None: the model's forward never called it."""
+    linear = model.get_submodule(layer.name)
+    if inputs is None:
+        return Rounded(QuantLinear.from_linear(linear, layer.scheme, layer.name), "nearest", None), True
+    return round_layer(linear, layer.scheme, inputs, choices_of(recipe, layer), layer.name), inputs.count < needed(layer)
+
+
+def _keep(journal: Journal, prefix: str, layer: LayerPlan, found: Rounded, short: bool) -> None:
+    facts = {"scheme": found.layer.scheme.model_dump(mode="json"), "rounding": found.rounding, "error": found.error, "short": short}
+    journal.keep_layer(prefix + layer.name, found.layer.state_dict(), facts)
+
+
+def _kept(journal: Journal, prefix: str, model: nn.Module, layer: LayerPlan) -> tuple[Rounded, bool] | None:
+    """What `_keep` wrote."""
+    read = journal.layer(prefix + layer.name)
+    if read is None:
+        return None
+    tensors, facts = read
+    linear, scheme = model.get_submodule(layer.name), LayerScheme.model_validate(facts["scheme"])
+    shape = (linear.in_features, linear.out_features)
+    found = QuantLinear(*shape, scheme, linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)
+    found.load_state_dict(tensors)
+    return Rounded(found.train(linear.training), facts["rounding"], facts["error"]), facts["short"]
 
 
 def needed(layer: LayerPlan) -> int:

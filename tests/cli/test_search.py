@@ -50,16 +50,25 @@ def test_a_budget_without_a_search_is_refused(search):
     assert outcome.code == 2 and "set strategy to dp or evolution" in outcome.err
 
 
-def test_an_interrupted_search_is_not_thrown_away_unasked(search, tmp_path):
+@pytest.mark.parametrize("flags", [("--search", "dp", "--budget-bits", "7"), ()])
+def test_an_interrupted_run_is_not_thrown_away_unasked(search, tmp_path, flags):
     (tmp_path / "small.journal").mkdir()
-    outcome = search("--search", "dp", "--budget-bits", "7")
+    (tmp_path / "small.journal" / "calls.safetensors").touch()
+    outcome = search(*flags)
     assert outcome.code == 5 and "--resume" in outcome.err
+
+
+def test_a_run_interrupted_before_it_did_anything_is_no_obstacle(search, tmp_path):
+    (tmp_path / "small.journal").mkdir()
+    (tmp_path / "small.journal" / "header.json").write_text("{")
+    assert search().code == 0 and not (tmp_path / "small.journal").exists()
 
 
 def test_resuming_what_was_never_begun_is_refused(search):
     assert search("--search", "dp", "--budget-bits", "7", "--resume").code == 5
-    outcome = search("--resume")
-    assert outcome.code == 2 and "--search" in outcome.err
+    assert search("--resume").code == 5
+    outcome = search("--effort", "fast", "--resume")
+    assert outcome.code == 2 and "this recipe rounds" in outcome.err
 
 
 def test_effort_is_part_of_the_recipe(search, tmp_path):

@@ -35,13 +35,23 @@ def test_a_line_cut_off_by_a_kill_is_dropped_and_the_next_one_is_whole(tmp_path,
 
 @pytest.mark.parametrize("key", HEADER)
 def test_the_journal_of_another_run_is_refused(tmp_path, key):
-    Journal(tmp_path / "j", HEADER).__exit__()
+    with Journal(tmp_path / "j", HEADER) as journal:
+        journal.add("x", 0.1)
     with pytest.raises(ResumeConflict, match=key):
         Journal(tmp_path / "j", {**HEADER, key: "other"})
 
 
-def test_a_header_that_cannot_be_read_is_refused(tmp_path):
+def test_a_journal_in_which_nothing_was_done_is_anyones(tmp_path):
     Journal(tmp_path / "j", HEADER).__exit__()
+    with Journal(tmp_path / "j", {**HEADER, "model": "other"}) as journal:
+        journal.add("x", 0.1)
+    with pytest.raises(ResumeConflict, match="model"):
+        Journal(tmp_path / "j", HEADER)
+
+
+def test_a_header_that_cannot_be_read_is_refused(tmp_path):
+    with Journal(tmp_path / "j", HEADER) as journal:
+        journal.add("x", 0.1)
     (tmp_path / "j" / "header.json").write_text("{")
     with pytest.raises(ResumeConflict):
         Journal(tmp_path / "j", HEADER)
@@ -72,3 +82,13 @@ def test_a_journal_in_use_is_refused(tmp_path):
 def test_calls_that_would_come_back_as_something_else_are_recorded_again(tmp_path):
     write_calls({"t": Calls([{"shape": torch.Size([1, 2])}], [])}, tmp_path / "calls.safetensors")
     assert not (tmp_path / "calls.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:20])])
+def test_a_layer_comes_back_as_it_was_and_a_damaged_one_not_at_all(tmp_path, damage):
+    with Journal(tmp_path / "j", HEADER) as journal:
+        journal.keep_layer("t.a", {"x": torch.arange(6).view(2, 3).T}, {"error": None, "short": True})
+        tensors, facts = journal.layer("t.a")
+        assert torch.equal(tensors["x"], torch.arange(6).view(2, 3).T) and facts == {"error": None, "short": True}
+        damage(tmp_path / "j" / "layers" / "t.a.safetensors")
+        assert journal.layer("t.a") is None and journal.layer("t.b") is None

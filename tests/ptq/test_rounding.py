@@ -1,5 +1,7 @@
 """Calibrated quantization: better than rounding on the inputs that a model really has, and the same after a reload."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -193,3 +195,24 @@ def test_high_effort_tries_more_and_calibrates_on_what_quantized_layers_put_out(
     report = dite.quantize(tiny_pipeline, "w4a4", effort="high", overrides=QUICK)
     assert len(seen) == 5 and sum(seen) == len(report.layers) and report.recipe.effort == "high"
     assert {row["transform"] for row in report.layers} <= {"none", "hadamard", "smooth", "smooth+hadamard"}
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 5])
+@pytest.mark.parametrize("flags", [["effort=high"], ["transform=smooth+lowrank", "rank=4"]])
+def test_calibration_interrupted_anywhere_resumes_to_the_same_layers_and_repeats_none(tiny_pipeline, twin, tmp_path, stop_after, flags, monkeypatch):
+    resumed = copy.deepcopy(twin)
+    wanted = dite.quantize(twin, "w4a8", overrides=[*QUICK, *flags])
+
+    def interrupted(what, done, total):
+        if what.startswith("layers") and done > stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dite.quantize(tiny_pipeline, "w4a8", overrides=[*QUICK, *flags], journal=tmp_path / "j", progress=interrupted)
+    rounded = []
+    monkeypatch.setattr(rounding, "round_layer", lambda *given: rounded.append(given[-1]) or round_layer(*given))
+    monkeypatch.setattr("dite.ptq.calibrated.record", None)
+    report = dite.quantize(resumed, "w4a8", overrides=[*QUICK, *flags], journal=tmp_path / "j")
+    assert len(rounded) == len(report.layers) - stop_after - 1 and report.notes == wanted.notes and report.layers == wanted.layers
+    found, expected = resumed.transformer.state_dict(), twin.transformer.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)

@@ -25,14 +25,6 @@ def same(first, second):
     return first.keys() == second.keys() and all(first[name][0] == second[name][0] and torch.equal(first[name][1], second[name][1]) for name in first)
 
 
-@pytest.fixture
-def twin(tiny_pipeline):
-    """A second pipeline with the same weights."""
-    import copy
-
-    return copy.deepcopy(tiny_pipeline)
-
-
 @pytest.mark.parametrize("strategy", [DP, EVOLUTION])
 def test_the_plan_found_is_the_plan_deployed_and_within_budget(tiny_pipeline, strategy, tmp_path):
     report = dite.quantize(tiny_pipeline, "w4a8", overrides=strategy)
