@@ -2,55 +2,36 @@
 
 `DITE_BACKEND=name` or `select(spec, device, name)` forces one, and fails if it can't do the job. Otherwise:
 
-    CPU    expanded: weights are unpacked once, to the model's dtype; spends memory for speed
+    CPU    cpu: integers in C, compiled at first use; where that can't be, expanded: weights are unpacked once, to the model's dtype
     CUDA   dequantize: weights are unpacked at each call; memory stays small
 """
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dite_kernels import dense, int_mm, reference
-from dite_kernels.quant_tensor import LinearSpec, QuantTensor
+from dite_kernels.backend import Backend
+from dite_kernels.cpu.backend import Cpu
+from dite_kernels.quant_tensor import LinearSpec
 
 
 class BackendUnavailable(RuntimeError):
     """A forced backend can't run here; the message says why and what could."""
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute y = x·Wᵀ + b from a packed weight."""
-
-    name: str
-    summary: str
-
-    def refusal(self, spec: LinearSpec, device: torch.device) -> str | None:
-        """Why this backend can't run `spec` on `device`, or None."""
-        return None
-
-    def prepare(self, weight: QuantTensor, spec: LinearSpec, dtype: torch.dtype) -> Any:
-        """Whatever `linear` wants kept between calls."""
-        return weight
-
-    def linear(self, x_MK: torch.Tensor, prepared: Any, bias: torch.Tensor | None, spec: LinearSpec) -> torch.Tensor:
-        """y [M, N] in x's dtype."""
-        raise NotImplementedError(self.name)
-
-
 class Reference(Backend):
     """Exact integer sums; slow."""
 
-    def linear(self, x_MK, prepared, bias, spec):
+    def linear(self, x_MK, prepared, bias, spec, transform=None):
         return reference.linear(x_MK, prepared, bias, spec)
 
 
 class Dequantize(Backend):
     """One float product on weights unpacked at every call."""
 
-    def linear(self, x_MK, prepared, bias, spec):
+    def linear(self, x_MK, prepared, bias, spec, transform=None):
         return dense.linear(x_MK, prepared.dequantize(spec, x_MK.dtype), bias, spec)
 
 
@@ -60,7 +41,7 @@ class Expanded(Backend):
     def prepare(self, weight, spec, dtype):
         return weight.dequantize(spec, dtype)
 
-    def linear(self, x_MK, prepared, bias, spec):
+    def linear(self, x_MK, prepared, bias, spec, transform=None):
         return dense.linear(x_MK, prepared, bias, spec)
 
 
@@ -77,7 +58,7 @@ class IntMM(Backend):
     def prepare(self, weight, spec, dtype):
         return int_mm.prepare(weight, spec)
 
-    def linear(self, x_MK, prepared, bias, spec):
+    def linear(self, x_MK, prepared, bias, spec, transform=None):
         if x_MK.is_cuda and x_MK.shape[0] <= 16:  # below that the CUDA kernel refuses
             padded = torch.nn.functional.pad(x_MK, (0, 0, 0, 17 - x_MK.shape[0]))
             return int_mm.linear(padded, prepared, bias, spec)[: x_MK.shape[0]]
@@ -87,6 +68,7 @@ class IntMM(Backend):
 BACKENDS = {
     backend.name: backend
     for backend in (
+        Cpu("cpu", "integer products in C with AMX, AVX512-VNNI or AVX2, compiled at first use; codes stay packed"),
         Reference("reference", "exact integer sums in plain torch; slow, the oracle of the others"),
         IntMM("int_mm", "torch's int8 matrix product, one call a group; weight-only layers run as expanded"),
         Expanded("expanded", "weights unpacked once to the model's dtype, then one matrix product"),
@@ -101,7 +83,9 @@ def select(spec: LinearSpec, device: torch.device, name: str | None = None) -> B
     if name not in ("auto", *BACKENDS):
         raise BackendUnavailable(f"no backend named {name}; use auto, {', '.join(BACKENDS)}")
     if name == "auto":
-        return BACKENDS["expanded" if device.type == "cpu" else "dequantize"]
+        if device.type != "cpu":
+            return BACKENDS["dequantize"]
+        return BACKENDS["expanded" if BACKENDS["cpu"].refusal(spec, device) else "cpu"]
     if name == "int_mm" and spec.activation_bits is None:
         return BACKENDS["expanded"]  # float activations have no integer product; every recipe has such layers
     reason = BACKENDS[name].refusal(spec, device)
@@ -112,4 +96,5 @@ def select(spec: LinearSpec, device: torch.device, name: str | None = None) -> B
 
 def describe() -> list[dict[str, Any]]:
     """One row a backend for `dite doctor`: name, ok, reason."""
-    return [{"name": backend.name, "ok": True, "reason": backend.summary} for backend in BACKENDS.values()]
+    found = {backend: backend.unavailable() for backend in BACKENDS.values()}
+    return [{"name": backend.name, "ok": why is None, "reason": why or backend.summary} for backend, why in found.items()]
