@@ -201,11 +201,14 @@ def _answer(document: dict[str, Any], command: str, output: Path | None, human: 
 
 def _table(document: dict[str, Any]) -> Group:
     """A forward's rows: what ran, how long it took, what it holds."""
-    table = Table("variant", "backend", "p20 ms", "p50 ms", "p80 ms", "ratio", "weights", "peak", "output error", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "variant", "backend", "p20 ms", "p50 ms", "p80 ms", "ratio", "weights", "in memory", "peak", "output error", box=None, padding=(0, 2, 0, 0)
+    )
     for row in document["rows"]:
         times = [f"{row['us'][name] / 1e3:.1f}" for name in ("p20", "p50", "p80")]
         peak = "" if row["peak_memory_bytes"] is None else megabytes(row["peak_memory_bytes"])
-        shown = [f"{row['ratio_to_baseline']:.2f}", megabytes(row["weight_bytes"]), peak, f"{row['output_relative_error']:.3f}"]
+        sizes = [megabytes(row["weight_bytes"]), megabytes(row["held_bytes"]), peak]
+        shown = [f"{row['ratio_to_baseline']:.2f}", *sizes, f"{row['output_relative_error']:.3f}"]
         backend = row["backend"] if row["backend"] != row["name"] else ""
         table.add_row(*map(escape, (row["name"], backend, *times, *shown)))
     baseline = f"ratio: to {document['rows'][0]['baseline']}; above 1 is faster"

@@ -18,7 +18,7 @@ from torch import nn
 import dite
 from dite.errors import DiteError, UsageError, did_you_mean
 from dite_evals import report
-from dite_evals.peer_calls import plain_tensors
+from dite_evals.memory import held_bytes, stored_bytes
 from dite_evals.speed_peers import SETTINGS, Setting
 from dite_kernels import backends
 from dite_kernels.bench.environment import environment
@@ -117,10 +117,10 @@ def _variants(model: nn.Module, asked: Asked, notes: list[str]) -> Iterator[Vari
     for recipe in asked.recipes:
         quantized = copy.deepcopy(model)
         done = dite.quantize(quantized, recipe, effort="fast")
-        tokens = [layer["name"] for layer in done.layers if layer["kind"] == "token"] or [layer["name"] for layer in done.layers]
-        layers = layers or tokens
+        kinds = {layer["name"]: layer["kind"] for layer in done.layers}
+        layers = layers or _tokens(kinds)
         for backend in asked.backends:
-            variant = _ours(copy.deepcopy(quantized), done.recipe.name, backend, tokens, notes)
+            variant = _ours(copy.deepcopy(quantized), done.recipe.name, backend, kinds, notes)
             if variant is not None:
                 yield variant
     for name in asked.peers:
@@ -128,22 +128,33 @@ def _variants(model: nn.Module, asked: Asked, notes: list[str]) -> Iterator[Vari
             yield from _peers(model, setting, layers, asked.compiled, notes)
 
 
-def _ours(model: nn.Module, recipe: str, backend: str, tokens: list[str], notes: list[str]) -> Variant | None:
-    """`backend` runs the token linears; conditioning linears, of which a forward has few rows, are left to dite's own choice."""
-    chosen = {}
-    for name in tokens:
+def _ours(model: nn.Module, recipe: str, backend: str, kinds: Mapping[str, str], notes: list[str]) -> Variant | None:
+    """`backend` runs every token linear, or there is a note and no variant; conditioning linears that it can't run are left to dite's own choice.
+
+    `kinds` are the quantized layers of `model` with their kinds.
+    """
+    tokens, used = _tokens(kinds), {}
+    for name in kinds:
         layer = model.get_submodule(name)
         try:
-            chosen[backends.select(layer.spec, layer.qdata.device, None if backend == "auto" else backend).name] = None
+            found = backends.select(layer.spec, layer.qdata.device, None if backend == "auto" else backend)
         except backends.BackendUnavailable as error:
-            notes.append(f"{recipe} on {backend}: {name}: {error}")
-            return None
+            if name in tokens:
+                notes.append(f"{recipe} on {backend}: {name}: {error}")
+                return None
+            continue
         layer.backend = backend
+        used |= {found.name: None} if name in tokens else {}
     spec = model.get_submodule(tokens[0]).spec
     granularity = None if spec.activation_bits is None else "group" if spec.activation_per_group else "token"
-    more = {"group_size": spec.group_size, "activation_granularity": granularity, "recipe": recipe, "layers": len(tokens)}
-    facts = _facts("+".join(chosen), (spec.weight_bits, spec.activation_bits))
+    more = {"group_size": spec.group_size, "activation_granularity": granularity, "recipe": recipe, "layers": len(kinds)}
+    facts = _facts("+".join(used), (spec.weight_bits, spec.activation_bits))
     return Variant(f"{recipe} on {backend}", facts | more, model, model)
+
+
+def _tokens(kinds: Mapping[str, str]) -> list[str]:
+    """The token linears; all layers of a model that has none."""
+    return [name for name, kind in kinds.items() if kind == "token"] or list(kinds)
 
 
 def _peers(model: nn.Module, setting: Setting, layers: list[str], compiled: bool, notes: list[str]) -> Iterator[Variant]:
@@ -179,16 +190,17 @@ def _compiled(model: nn.Module) -> Callable[..., Any]:
 
 
 def _memory(variant: Variant, inputs: Mapping[str, Any], device: torch.device) -> dict[str, int | None]:
-    """Bytes of the weights as they are stored, and on CUDA what one forward holds at its peak, weights included and other variants not."""
-    stored = sum(tensor.numel() * tensor.element_size() for _, tensor in plain_tensors(variant.module.state_dict()))
+    """Bytes of the weights as they are stored; what is held for them now that it is warm; on CUDA what one forward holds at its peak, that included,
+    and other variants not."""
+    found = {"weight_bytes": stored_bytes(variant.module), "held_bytes": held_bytes(variant.module)}
     if device.type != "cuda":
-        return {"weight_bytes": stored, "peak_memory_bytes": None}
+        return found | {"peak_memory_bytes": None}
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     variant.forward(**inputs)
     torch.cuda.synchronize(device)
-    return {"weight_bytes": stored, "peak_memory_bytes": stored + torch.cuda.max_memory_allocated(device) - before}
+    return found | {"peak_memory_bytes": found["held_bytes"] + torch.cuda.max_memory_allocated(device) - before}
 
 
 def _shape(model: nn.Module, inputs: Mapping[str, Any], measured: Mapping[str, Variant]) -> list[int]:

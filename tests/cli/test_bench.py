@@ -130,4 +130,3 @@ def test_a_random_model_can_stand_in_for_a_folder(run, monkeypatch):
     arguments = ("--tokens", 9, "--layers", 2, "--recipes", "w8a8", "--batch-size", 3, "--rounds", 1)
     document = run("bench", "forward", "--size", "dit-xl-2", *arguments, "--json").document
     assert document["inputs"]["hidden_states"] == [3, 4, 6, 6] and document["rows"][0]["shape"] == [27, 48, 192]
-    assert document["rows"][1]["layers"] == 12  # six token linears a block

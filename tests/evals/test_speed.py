@@ -5,7 +5,9 @@ import torch
 
 from dite.errors import UsageError
 from dite_evals import random_models, speed, speed_peers
+from dite_evals.memory import held_bytes, stored_bytes
 from dite_evals.peer_calls import Peer
+from dite_kernels import backends
 from dite_kernels.bench.timing import Budget
 
 
@@ -77,6 +79,30 @@ def test_compiled_models_are_measured_beside_eager_ones(measure, quantizer, monk
     quantizer(lambda transformer, layers: None)
     names = [row["name"] for row in measure(peers=["torchao"], compiled=True)["rows"]]
     assert names[:2] == ["torch-bf16-eager", "torch-bf16-compiled"] and "torchao int8 activations, int8 weights, compiled" in names
+
+
+def test_what_a_backend_unpacks_and_keeps_counts_as_held():
+    layer = torch.nn.Linear(10, 4)
+    both = torch.nn.Sequential(layer, layer)
+    assert stored_bytes(both) == 2 * held_bytes(both) == 2 * 4 * 44  # shared: twice in the state dict, once in memory
+    layer.kept = ("key", {"weight": torch.zeros(3, 5), "view": layer.weight[:2]})
+    assert held_bytes(both) == 4 * (44 + 15)
+
+
+def test_expanded_weights_are_held_beside_the_packed_ones(measure):
+    bf16, expanded, unpacked = measure(backends=["expanded", "dequantize"])["rows"]
+    assert unpacked["held_bytes"] < bf16["held_bytes"] < expanded["held_bytes"] and expanded["weight_bytes"] == unpacked["weight_bytes"]
+
+
+def test_a_backend_may_leave_conditioning_linears_to_another_and_no_token_linears(measure, monkeypatch):
+    def choosy(refused):
+        Choosy = type("Choosy", (backends.Expanded,), {"refusal": lambda self, spec, device: "no" if refused(spec) else None})
+        monkeypatch.setitem(backends.BACKENDS, "choosy", Choosy("choosy", "for this test"))
+        return measure(backends=["choosy"])
+
+    assert [row["backend"] for row in choosy(lambda spec: spec.activation_bits is None)["rows"]][1:] == ["choosy"]
+    document = choosy(lambda spec: spec.in_features == 192)  # the second linear of a feed-forward
+    assert len(document["rows"]) == 1 and "ff.net.2: " in document["notes"][0]
 
 
 def test_every_setting_is_one_that_peer_calls_knows():
