@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+from dite_evals.random_models import SIZES, random_dit
 from dite_evals.report import environment
 
-XL2 = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28, "sample_size": 32, "patch_size": 2}
+XL2 = SIZES["dit-xl-2"]
 
 
 def main() -> None:
@@ -45,15 +46,9 @@ def main() -> None:
 
 
 def build(num_layers: int) -> DiTPipeline:
-    """A random pipeline in bf16, built in bf16 so that building it needs no more memory than it takes."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
-        transformer = DiTTransformer2DModel(**XL2 | {"num_layers": num_layers}).to(dtype=torch.bfloat16)
-        return DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False), id2label={0: "nothing"})
-    finally:
-        torch.set_default_dtype(torch.float32)
+    """A random pipeline in bf16."""
+    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).bfloat16()
+    return DiTPipeline(random_dit(XL2, num_layers), vae, DDIMScheduler(clip_sample=False), id2label={0: "nothing"})
 
 
 def parameters(num_layers: int) -> int:

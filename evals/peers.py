@@ -4,7 +4,8 @@
     python evals/peers.py --out docs/results/peers.json [--model builtin:cifar10-dit] [--peers "optimum-quanto;sdnq int8"] [--n 128]
 
 A row is written as soon as it is measured, and an interrupted run goes on with the next one; processes with different `--peers` (libraries, or
-names of rows as peer_calls.py has them) may share an `--out`. A setting that fails gets a row that says how; remove the row to try it again.
+names of rows as peer_calls.py in dite_evals has them) may share an `--out`. A setting that fails gets a row that says how; remove the row to try
+it again.
 
 Every library quantizes the linears that the recipe w4a8 does, all of them alike, and no others: in `setting`, LAYERS stands for their names (for
 a filter that knows them) and OTHERS for those of all other linears. dite's own w4a8 keeps the timestep embedders at 8 bits.
@@ -25,7 +26,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,8 +37,8 @@ from torch import nn
 
 import dite
 from dite.errors import DiteError, QuantizationError
+from dite_evals.peer_calls import PEERS, Peer, plain_tensors
 from dite_evals.report import environment
-from peer_calls import PEERS, Peer
 
 LAYERS_OF = "w4a8"  # the recipe whose linears everyone quantizes
 FIDELITY = {"steps": 20, "guidance": 2.0}
@@ -174,15 +175,6 @@ def given(model: str) -> tuple[frozenset[str], int]:
     """The linears that everyone quantizes, of the model's one transformer, and what its weights take in bf16."""
     report = dite.quantize(dite.Pipeline.from_pretrained(model), LAYERS_OF)
     return frozenset(row["name"] for row in report.layers), report.baseline_bytes
-
-
-def plain_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a state dict; one of a class of its own is taken apart into those that are stored for it, `name.part`."""
-    for name, value in state.items():
-        if hasattr(value, "__tensor_flatten__"):
-            yield from plain_tensors({f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]})
-        else:
-            yield name, value
 
 
 def owner(name: str, layers: Collection[str]) -> str | None:

@@ -7,4 +7,5 @@ Needs torch only, and nothing of `dite`, so that its tests and benches run on a 
     quant_tensor  the three tensors of a quantized weight, and what shape they must have
     reference     the exact linear: the oracle of every other backend
     backends      what can run a quantized linear on this machine, and which one does
+    bench         how fast they are: python -m dite_kernels.bench
 """

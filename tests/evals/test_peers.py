@@ -108,7 +108,7 @@ def test_a_layer_that_is_no_matrix_is_not_expanded(peers):
 
 
 def test_a_row_says_the_call_that_is_made(peers):
-    from peer_calls import Named, Peer
+    from dite_evals.peer_calls import Named, Peer
 
     library = type(sys)("library")
     library.PerGroup = lambda size: ("group", size)

@@ -22,7 +22,16 @@ def test_import_dite_loads_nothing_heavy(root):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["quantize", "--help"], ["generate", "--help"], ["eval", "--help"], ["recipes"], ["quantize", "m", "-o", "x", "--recipe", "w4a9"]],
+    [
+        ["--help"],
+        ["quantize", "--help"],
+        ["generate", "--help"],
+        ["eval", "--help"],
+        ["bench", "--help"],
+        ["bench", "linear", "--shapes", "4x4"],
+        ["recipes"],
+        ["quantize", "m", "-o", "x", "--recipe", "w4a9"],
+    ],
 )
 def test_a_command_that_runs_no_model_loads_nothing_heavy(root, arguments):
     assert loaded_after(f"from dite.cli import main\nmain({arguments})", root) == set()

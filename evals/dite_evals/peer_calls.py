@@ -1,10 +1,11 @@
-"""The quantizers that evals/peers.py measures, and the calls it makes: each library's documented way to quantize a transformer in place.
+"""The quantizers that evals/peers.py and `dite bench forward` measure, and the calls they make: each library's documented way to quantize a
+transformer in place.
 
 Calls are data, so that a row's text and what was run are the same thing, and this file is read without the libraries. They quantize the given
 layers and no others; the layers are the only thing that is passed beyond what `Peer.options` says.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from operator import attrgetter
@@ -73,6 +74,15 @@ class Peer:
     def values(self, module: Any) -> dict[str, Any]:
         """The options, with the library's own values looked up."""
         return {key: value.find(module) if isinstance(value, Named) else value for key, value in self.options.items()}
+
+
+def plain_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a state dict; one of a class of its own is taken apart into those that are stored for it, `name.part`."""
+    for name, value in state.items():
+        if hasattr(value, "__tensor_flatten__"):
+            yield from plain_tensors({f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]})
+        else:
+            yield name, value
 
 
 def _quanto(peer: Peer, transformer: nn.Module, layers: Collection[str]) -> None:
