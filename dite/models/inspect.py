@@ -90,7 +90,7 @@ def stats(model: Any) -> dict[str, Any]:
     transformer = the_denoiser(model)
     layers = quantized_layers(transformer)
     widths = Counter(_width(layer) for layer in layers.values())
-    backends = Counter(select_backend(layer.spec, layer.qdata.device, layer.backend).name for layer in layers.values())
+    backends = Counter(select_backend(layer.spec, layer.scale.device, layer.backend).name for layer in layers.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in transformer.state_dict().values())
     return {"bytes": size, "layers": dict(widths), "backends": dict(backends)}
 

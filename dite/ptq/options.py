@@ -168,7 +168,7 @@ class _Timer:
         return int(self.known[key])
 
     def _median(self, layer: QuantLinear, rows: int) -> float:
-        x = torch.randn(max(1, rows), layer.in_features, device=layer.qdata.device)
+        x = torch.randn(max(1, rows), layer.in_features, device=layer.scale.device)
         times = []
         for _ in range(TIMED_RUNS + 1):  # the first one prepares the weight
             begin = time.perf_counter()
@@ -176,5 +176,5 @@ class _Timer:
             if x.is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
-        layer._prepared = None
+        layer.unprepare()
         return sorted(times[1:])[TIMED_RUNS // 2]

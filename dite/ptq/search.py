@@ -91,7 +91,7 @@ class Plans:
                 replace_(slot.model, slot.plan.name, layer)
                 before = self.placed[index]
                 if before is not None:
-                    slot.options[before].layer._prepared = None  # an expanded weight of every option would not fit memory
+                    slot.options[before].layer.unprepare()  # an expanded weight of every option would not fit memory
                 self.placed[index] = option
 
     def _measured(self, key: str, choice: Choice, fitness: Callable[[], float]) -> float:

@@ -10,6 +10,8 @@ Codes don't train. Gradients pass to the input, whatever the backend, as if acti
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,16 @@ from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
 Quantize = Callable[[torch.Tensor, LinearSpec], QuantTensor]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a backend made of a layer's weight, for which dtype, device and buffers (`key`), and the transform it does itself, if any."""
+
+    key: tuple
+    backend: backends.Backend
+    weight: Any
+    transform: backends.InputTransform | None
+
+
 class QuantLinear(nn.Linear):
     """y = x·Wᵀ + b with W in integer codes and x quantized at each call; input [..., K], output [..., N] in the input's dtype.
 
@@ -35,7 +47,8 @@ class QuantLinear(nn.Linear):
 
     Buffers: qdata uint8 [N, packed K]; scale [N, G] fp16 or fp32; zero_point uint8 [N, packed G] unless symmetric; bias [N] or None; smooth [K],
     lowrank_down [r, K] and lowrank_up [N, r] if the scheme has them, in the model's dtype (smooth holds numbers that every dtype can).
-    `backend` names what runs it (`auto` by default); see `dite_kernels.backends`.
+    `backend` names what runs it (`auto` by default); see `dite_kernels.backends`. Some backends hold the codes in a layout of their own, and the layer
+    then keeps no second copy: `qdata` is made from it whenever it is asked for.
     """
 
     def __init__(self, in_features: int, out_features: int, scheme: LayerScheme, bias: bool = True, *, device=None, dtype=None):
@@ -45,7 +58,7 @@ class QuantLinear(nn.Linear):
         self.scheme = scheme
         self.spec = linear_spec(in_features, out_features, scheme)
         self.backend = "auto"
-        self._prepared: tuple | None = None
+        self._prepared: Prepared | None = None
         self._sign: torch.Tensor | None = None
         bits, groups = scheme.weight.num_bits, self.spec.groups
         self._dtype = dtype or torch.get_default_dtype()
@@ -107,19 +120,28 @@ class QuantLinear(nn.Linear):
             )
 
     @property
+    def qdata(self) -> torch.Tensor:
+        """The packed codes, uint8 [N, packed K]."""
+        return self.tensor.qdata
+
+    @property
     def weight(self) -> WeightStandIn:
         """What the weight looks like: [N, K], the layer's dtype and device. See `dequantize` for its values."""
-        return WeightStandIn((self.out_features, self.in_features), self._dtype if self.bias is None else self.bias.dtype, self.qdata.device)
+        return WeightStandIn((self.out_features, self.in_features), self._dtype if self.bias is None else self.bias.dtype, self.scale.device)
 
     @property
     def tensor(self) -> QuantTensor:
         """The packed weight."""
-        return QuantTensor(self.qdata, self.scale, self.zero_point)
+        if "qdata" not in self._buffers:
+            raise AttributeError("qdata")  # while the layer is being built
+        if self._holds_codes:
+            return self._prepared.backend.restore(self._prepared.weight, self.spec)
+        return QuantTensor(self._buffers["qdata"], self.scale, self.zero_point)
 
     @tensor.setter
     def tensor(self, value: QuantTensor) -> None:
-        self.qdata, self.scale, self.zero_point = value.qdata, value.scale, value.zero_point
         self._prepared = None
+        self._buffers["qdata"], self.scale, self.zero_point = value.qdata, value.scale, value.zero_point
 
     def validate_parts(self) -> None:
         """Raise ValueError unless smooth scales are positive, and no larger than any dtype holds, and low-rank factors are floats."""
@@ -162,22 +184,49 @@ class QuantLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{weight.num_bits} g{weight.group_size or 'all'}, {inputs}"
 
     def _linear(self, x_MK: torch.Tensor) -> torch.Tensor:
-        backend, prepared = self._prepare(x_MK)
+        ready = self._prepare(x_MK)
+        if ready.transform is not None:
+            return ready.backend.linear(x_MK, ready.weight, self.bias, self.spec, ready.transform)
         x_MK = self.transformed(x_MK)
-        y = backend.linear(x_MK, prepared, self.bias, self.spec)
+        y = ready.backend.linear(x_MK, ready.weight, self.bias, self.spec)
         if self.lowrank_up is not None:
             y = y + F.linear(F.linear(x_MK, self.lowrank_down.to(x_MK.dtype)), self.lowrank_up.to(x_MK.dtype))
         return y
 
-    def _prepare(self, x: torch.Tensor) -> tuple:
-        key = (self.backend, x.dtype, x.device, id(self.qdata), id(self.scale), id(self.zero_point))
-        if self._prepared is None or self._prepared[0] != key:
+    def _prepare(self, x: torch.Tensor) -> "Prepared":
+        key = (self.backend, x.dtype, x.device, id(self._buffers["qdata"]), id(self.scale), id(self.zero_point))
+        if self._prepared is None or self._prepared.key != key:
+            self.unprepare()
             backend = select_backend(self.spec, x.device, self.backend)
-            self._prepared = (key, backend, backend.prepare(self.tensor, self.spec, x.dtype))
-        return self._prepared[1:]
+            weight = backend.prepare(self.tensor, self.spec, x.dtype)
+            if backend.holds_codes:
+                self._buffers["qdata"] = self._buffers["qdata"].to("meta")
+                key = (*key[:3], id(self._buffers["qdata"]), *key[4:])
+            self._prepared = Prepared(key, backend, weight, self._input_transform() if backend.transforms and self.lowrank_up is None else None)
+        return self._prepared
+
+    def unprepare(self) -> None:
+        """Forget what a backend has prepared; the next call prepares anew."""
+        if self._holds_codes:
+            self._buffers["qdata"] = self.qdata
+        self._prepared = None
+
+    @property
+    def _holds_codes(self) -> bool:
+        return self._prepared is not None and self._prepared.backend.holds_codes and self._buffers["qdata"].is_meta
+
+    def _input_transform(self) -> backends.InputTransform | None:
+        """What `transformed` does, for backends that do it themselves; None where it does nothing."""
+        transform = self.scheme.transform
+        if transform.kind == "none":
+            return None
+        smooth = None if self.smooth is None else self.smooth.float().contiguous()
+        sign = self._signs(torch.empty(0, device=self.scale.device)) if transform.rotates else None
+        return backends.InputTransform(smooth, sign, transform.block if transform.rotates else None)
 
     def __getstate__(self):
-        return self.__dict__ | {"_prepared": None, "_sign": None}  # copies and pickles prepare their own
+        self.unprepare()  # copies and pickles prepare their own
+        return self.__dict__ | {"_sign": None}
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x, self.scheme.transform.block, self._signs(x))
@@ -192,21 +241,25 @@ class QuantLinear(nn.Linear):
         return self._sign
 
     def _apply(self, fn, recurse=True):
+        self.unprepare()
         scale = self.scale
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)
         if self.scale.dtype != scale.dtype:
             self.scale = torch.empty_like(scale, device=self.scale.device) if scale.is_meta else scale.to(self.scale.device)
-        self._prepared = None
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "qdata"] = self.qdata
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.unprepare()
         # copy_ would cast stored fp32 scales to this buffer's fp16; take the stored dtype instead.
         stored = state_dict.get(prefix + "scale")
         if stored is not None and stored.dtype != self.scale.dtype:
             self.scale = self.scale.to(stored.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._prepared = None
 
 
 class StraightThrough(torch.autograd.Function):
@@ -255,6 +308,7 @@ def set_backend(model: nn.Module, name: str) -> None:
         known = ["auto", *backends.BACKENDS]
         raise UsageError(f"no backend named {name}", f"known: {', '.join(known)}", did_you_mean(name, known) or "see `dite doctor`")
     for layer in layers:
-        select_backend(layer.spec, layer.qdata.device, name)
+        select_backend(layer.spec, layer.scale.device, name)
     for layer in layers:
-        layer.backend, layer._prepared = name, None
+        layer.unprepare()
+        layer.backend = name

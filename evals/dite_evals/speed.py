@@ -137,7 +137,7 @@ def _ours(model: nn.Module, recipe: str, backend: str, kinds: Mapping[str, str],
     for name in kinds:
         layer = model.get_submodule(name)
         try:
-            found = backends.select(layer.spec, layer.qdata.device, None if backend == "auto" else backend)
+            found = backends.select(layer.spec, layer.scale.device, None if backend == "auto" else backend)
         except backends.BackendUnavailable as error:
             if name in tokens:
                 notes.append(f"{recipe} on {backend}: {name}: {error}")

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from dite_kernels import dense, int_mm, reference
-from dite_kernels.backend import Backend
+from dite_kernels.backend import Backend, InputTransform
 from dite_kernels.cpu.backend import Cpu
 from dite_kernels.quant_tensor import LinearSpec
+
+
+__all__ = ["BACKENDS", "Backend", "BackendUnavailable", "InputTransform", "describe", "select"]
 
 
 class BackendUnavailable(RuntimeError):

@@ -136,7 +136,7 @@ def test_a_scheme_is_called_what_it_is_parsed_from(text):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--backends", "turbo", "there are reference, int_mm"),
+        ("--backends", "turbo", "there are cpu, reference, int_mm"),
         ("--shapes", "4x4", "MxKxN"),
         ("--schemes", ",", "nothing"),
         ("--device", "tpu", "no device"),
