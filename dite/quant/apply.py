@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dite.errors import CheckpointError, UnsupportedModel
+from dite.quant.fused import fuse_
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan
 from dite.quant.scheme import LayerScheme
@@ -59,7 +60,10 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
 def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` was."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    owner = model.get_submodule(parent)
+    setattr(owner, child, module)
+    if isinstance(module, QuantLinear):
+        fuse_(owner)
 
 
 def _relative_error(weight: torch.Tensor, layer: QuantLinear) -> float:

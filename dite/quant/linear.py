@@ -176,6 +176,13 @@ class QuantLinear(nn.Linear):
         y = StraightThrough.apply(rows, self) if torch.is_grad_enabled() and x.requires_grad else self._linear(rows)
         return y.reshape(*x.shape[:-1], self.out_features)
 
+    def forward_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """gelu(forward(x)), by its tanh approximation; in one pass, and rounded to x's dtype once, where the backend can."""
+        alone = self.lowrank_up is None and not (torch.is_grad_enabled() and x.requires_grad)
+        if not alone or not self._prepare(x).backend.gelus:
+            return F.gelu(self(x), approximate="tanh")
+        return self._linear(x.reshape(-1, self.in_features), gelu=True).reshape(*x.shape[:-1], self.out_features)
+
     def extra_repr(self) -> str:
         weight, activation = self.scheme.weight, self.scheme.activation
         inputs = f"A{activation.num_bits} per {activation.granularity}" if activation else "weight-only"
@@ -183,12 +190,12 @@ class QuantLinear(nn.Linear):
         inputs += f", rank {self.scheme.rank}" if self.scheme.rank else ""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{weight.num_bits} g{weight.group_size or 'all'}, {inputs}"
 
-    def _linear(self, x_MK: torch.Tensor) -> torch.Tensor:
+    def _linear(self, x_MK: torch.Tensor, **fused: bool) -> torch.Tensor:
         ready = self._prepare(x_MK)
         if ready.transform is not None:
-            return ready.backend.linear(x_MK, ready.weight, self.bias, self.spec, ready.transform)
+            return ready.backend.linear(x_MK, ready.weight, self.bias, self.spec, ready.transform, **fused)
         x_MK = self.transformed(x_MK)
-        y = ready.backend.linear(x_MK, ready.weight, self.bias, self.spec)
+        y = ready.backend.linear(x_MK, ready.weight, self.bias, self.spec, **fused)
         if self.lowrank_up is not None:
             y = y + F.linear(F.linear(x_MK, self.lowrank_down.to(x_MK.dtype)), self.lowrank_up.to(x_MK.dtype))
         return y

@@ -12,8 +12,8 @@ from dite_kernels.quant_tensor import LinearSpec, QuantTensor
 
 @dataclass(frozen=True)
 class InputTransform:
-    """What is done to inputs before they are quantized: times `smooth` [K], times `sign` [K] of ±1, rotated in blocks of `block` columns; each may be
-    None. Tensors are fp32."""
+    """What is done to inputs before they are quantized: times `smooth` [K]; then, with a `block`, times `sign` [K] of ±1 and rotated in blocks of that
+    many columns. Each may be None. Tensors are fp32."""
 
     smooth: torch.Tensor | None = None
     sign: torch.Tensor | None = None
@@ -28,12 +28,13 @@ class InputTransform:
 @dataclass(frozen=True)
 class Backend(ABC):
     """`holds_codes`: `prepare`'s result holds all that the weight did, so that its own codes can be dropped; `restore` gives them back.
-    `transforms`: `linear` takes an InputTransform, and does it on the way."""
+    `transforms`: `linear` takes an InputTransform, and does it on the way. `gelus`: `linear` can put its results through the tanh-approximated GELU."""
 
     name: str
     summary: str
     holds_codes = False
     transforms = False
+    gelus = False
 
     def unavailable(self) -> str | None:
         """Why this backend can't run on this machine at all, or None."""
@@ -53,6 +54,12 @@ class Backend(ABC):
 
     @abstractmethod
     def linear(
-        self, x_MK: torch.Tensor, prepared: Any, bias: torch.Tensor | None, spec: LinearSpec, transform: InputTransform | None = None
+        self,
+        x_MK: torch.Tensor,
+        prepared: Any,
+        bias: torch.Tensor | None,
+        spec: LinearSpec,
+        transform: InputTransform | None = None,
+        gelu: bool = False,
     ) -> torch.Tensor:
-        """y [M, N] in x's dtype. `transform` only where `transforms`."""
+        """y [M, N] in x's dtype. `transform` only where `transforms`, `gelu` only where `gelus`."""

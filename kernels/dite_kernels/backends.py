@@ -27,14 +27,14 @@ class BackendUnavailable(RuntimeError):
 class Reference(Backend):
     """Exact integer sums; slow."""
 
-    def linear(self, x_MK, prepared, bias, spec, transform=None):
+    def linear(self, x_MK, prepared, bias, spec, transform=None, gelu=False):
         return reference.linear(x_MK, prepared, bias, spec)
 
 
 class Dequantize(Backend):
     """One float product on weights unpacked at every call."""
 
-    def linear(self, x_MK, prepared, bias, spec, transform=None):
+    def linear(self, x_MK, prepared, bias, spec, transform=None, gelu=False):
         return dense.linear(x_MK, prepared.dequantize(spec, x_MK.dtype), bias, spec)
 
 
@@ -44,7 +44,7 @@ class Expanded(Backend):
     def prepare(self, weight, spec, dtype):
         return weight.dequantize(spec, dtype)
 
-    def linear(self, x_MK, prepared, bias, spec, transform=None):
+    def linear(self, x_MK, prepared, bias, spec, transform=None, gelu=False):
         return dense.linear(x_MK, prepared, bias, spec)
 
 
@@ -61,7 +61,7 @@ class IntMM(Backend):
     def prepare(self, weight, spec, dtype):
         return int_mm.prepare(weight, spec)
 
-    def linear(self, x_MK, prepared, bias, spec, transform=None):
+    def linear(self, x_MK, prepared, bias, spec, transform=None, gelu=False):
         if x_MK.is_cuda and x_MK.shape[0] <= 16:  # below that the CUDA kernel refuses
             padded = torch.nn.functional.pad(x_MK, (0, 0, 0, 17 - x_MK.shape[0]))
             return int_mm.linear(padded, prepared, bias, spec)[: x_MK.shape[0]]

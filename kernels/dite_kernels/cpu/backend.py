@@ -3,6 +3,7 @@
 import ctypes
 
 import torch
+import torch.nn.functional as F
 
 from dite_kernels import dense
 from dite_kernels.backend import Backend
@@ -12,7 +13,6 @@ from dite_kernels.reference import MAX_GROUP
 
 TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 FEW_TOKENS = 32  # up to here a weight-only layer is computed from its codes; beyond, unpacking it for one matrix product is faster
-LARGEST_BLOCK = 1024
 
 
 class Cpu(Backend):
@@ -20,6 +20,7 @@ class Cpu(Backend):
 
     holds_codes = True
     transforms = True
+    gelus = True
 
     def unavailable(self):
         try:
@@ -42,17 +43,24 @@ class Cpu(Backend):
         return unpack(build.library(), prepared, spec)
 
     @torch.compiler.disable
-    def linear(self, x_MK, prepared, bias, spec, transform=None):
+    def linear(self, x_MK, prepared, bias, spec, transform=None, gelu=False):
         if spec.activation_bits is None:
-            return self._weight_only(x_MK if transform is None else transform(x_MK), prepared, bias, spec)
+            y = self._weight_only(x_MK if transform is None else transform(x_MK), prepared, bias, spec)
+            return F.gelu(y, approximate="tanh") if gelu else y
         x = (x_MK.detach() if x_MK.dtype in TYPES else x_MK.detach().float()).contiguous()
         y = torch.empty(len(x), spec.out_features, dtype=x.dtype)
         bias = None if bias is None else bias.detach().float()
-        smooth, sign, block = (None, None, 0) if transform is None else (transform.smooth, transform.sign, transform.block or 0)
-        call = CCall(len(x), x.data_ptr(), y.data_ptr(), *(None if part is None else part.data_ptr() for part in (bias, smooth, sign)), block)
+        smooth, sign, block = (None, None, None) if transform is None else (transform.smooth, transform.sign, transform.block)
+        call = CCall(
+            len(x),
+            x.data_ptr(),
+            y.data_ptr(),
+            *(None if part is None else part.data_ptr() for part in (bias, smooth, sign if block else None)),
+            block or 0,
+        )
         call.x_type = call.y_type = TYPES[x.dtype]
         call.levels, call.per_group, call.symmetric = 2**spec.activation_bits - 1, spec.activation_per_group, spec.activation_symmetric
-        call.threads = torch.get_num_threads()
+        call.gelu, call.threads = gelu, torch.get_num_threads()
         if len(x) and build.library().dite_linear(ctypes.byref(prepared.weight), ctypes.byref(call)):
             raise MemoryError(f"no memory for the codes of {len(x)} tokens of {spec.in_features} columns")
         return y.to(x_MK.dtype)

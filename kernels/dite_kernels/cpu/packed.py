@@ -29,7 +29,7 @@ class CCall(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("x", "y", "bias", "smooth", "sign")),
         ("block", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("x_type", "y_type", "levels", "per_group", "symmetric", "threads")),
+        *((name, ctypes.c_int32) for name in ("x_type", "y_type", "levels", "per_group", "symmetric", "gelu", "threads")),
     ]
 
 

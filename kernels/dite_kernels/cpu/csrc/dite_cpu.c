@@ -66,7 +66,7 @@ int32_t dite_linear(const Weight *w, const Call *call) {
                 for (int64_t block = from; block < minimum(blocks, from + piece); block++) {
                     int64_t m = block * ROWS, at = m * w->out_features + column;
                     Target to = {(char *)call->y + at * (call->y_type == FLOAT32 ? 4 : 2), w->out_features, (int)minimum(ROWS, tokens - m),
-                                 (int)minimum(COLUMNS, w->out_features - column), call->y_type, call->bias ? call->bias + column : 0};
+                                 (int)minimum(COLUMNS, w->out_features - column), call->y_type, call->gelu, call->bias ? call->bias + column : 0};
                     variants[call->per_group * 2 + w->has_zero](w, &x, x.codes + block * ROWS * w->groups * w->padded, right, block, panel, &to);
                 }
             }

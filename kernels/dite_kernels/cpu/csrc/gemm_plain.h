@@ -56,6 +56,7 @@ INLINE void block_plain(const Weight *w, const Activations *x, const uint8_t *le
                 int64_t column = j * LANES + c;
                 float y = per_group ? sums[c] : x->scale[token] * (sums[c] - x->zero[token] * w->total[panel * COLUMNS + column]);
                 if (to->bias) y += to->bias[column];
+                if (to->gelu) y = gelu(y);
                 if (to->type == FLOAT32) ((float *)to->y)[r * to->stride + column] = y;
                 else ((uint16_t *)to->y)[r * to->stride + column] = to_bf16(y);
             }

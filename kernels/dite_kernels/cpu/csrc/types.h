@@ -45,6 +45,7 @@ typedef struct {
     int64_t block;
     int32_t x_type, y_type;
     int32_t levels, per_group, symmetric; /* of the activations: 2^bits - 1; one range a (token, group) instead of a token */
+    int32_t gelu;                         /* y = gelu(y), by its tanh approximation */
     int32_t threads;
 } Call;
 
@@ -58,7 +59,7 @@ typedef struct {
 typedef struct {
     void *y;
     int64_t stride;
-    int rows, columns, type;
+    int rows, columns, type, gelu;
     const float *bias;
 } Target;
 
@@ -79,6 +80,9 @@ INLINE uint16_t to_bf16(float x) {
     if (x != x) return (uint16_t)(value.i >> 16 | 0x40);
     return (uint16_t)((value.i + 0x7fff + (value.i >> 16 & 1)) >> 16); /* half to even */
 }
+
+/* x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))), which is x (1 + tanh(...)) / 2 */
+INLINE float gelu(float x) { return x / (1 + expf(-1.5957691216f * (x + 0.044715f * x * x * x))); }
 
 /* A buffer of the calling thread's that grows and is kept: fresh pages would cost as much as a small product. Null when memory runs out. */
 typedef struct { void *memory; size_t size; } Scratch;

@@ -22,23 +22,41 @@ INLINE void few_plain(const Weight *w, const uint8_t *codes, const float *zero, 
 
 #ifdef __AVX512BW__
 
-INLINE void few_tokens(const Weight *w, const uint8_t *codes, const float *zero, const float *x, int64_t stride, int64_t width, int count,
-                       float (*sums)[LANES]) {
-    __m512 s[FEW], z = _mm512_loadu_ps(zero);
-    for (int m = 0; m < FEW; m++) s[m] = _mm512_setzero_ps();
+/* Tokens past `count` repeat the last one. Each has several sums, so that no product waits for the one before. */
+INLINE void some_tokens(const Weight *w, const uint8_t *codes, const float *zero, const float *x, int64_t stride, int64_t width, int count,
+                        float (*sums)[LANES], const int tokens, const int nibbles) {
+    const int chains = tokens <= 2 ? 4 : FEW / tokens;
+    __m512 s[4][FEW], z = _mm512_loadu_ps(zero);
+    const float *rows[FEW];
+    for (int m = 0; m < tokens; m++) {
+        rows[m] = x + (m < count ? m : count - 1) * stride;
+        for (int t = 0; t < chains; t++) s[t][m] = _mm512_setzero_ps();
+    }
     for (int64_t k = 0; k < width; k += 4) {
-        const uint8_t *at = w->bits == 4 ? codes + k / 8 * 64 : codes + k / 4 * 64;
-        __m512i lanes = _mm512_loadu_si512(at);
-        if (w->bits == 4) lanes = _mm512_and_si512(k % 8 ? _mm512_srli_epi16(lanes, 4) : lanes, _mm512_set1_epi8(15));
-        for (int t = 0; t < 4 && k + t < width; t++) {
+        __m512i lanes = _mm512_loadu_si512(nibbles ? codes + k / 8 * 64 : codes + k / 4 * 64);
+        if (nibbles) lanes = _mm512_and_si512(k % 8 ? _mm512_srli_epi16(lanes, 4) : lanes, _mm512_set1_epi8(15));
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) {
+            if (k + t >= width) break;
             __m512i code = _mm512_srai_epi32(_mm512_slli_epi32(lanes, 24 - 8 * t), 24); /* nibbles are positive bytes */
             __m512 weight = _mm512_sub_ps(_mm512_cvtepi32_ps(code), z);
 #pragma GCC unroll 8
-            for (int m = 0; m < FEW; m++)
-                if (m < count) s[m] = _mm512_fmadd_ps(weight, _mm512_set1_ps(x[m * stride + k + t]), s[m]);
+            for (int m = 0; m < tokens; m++)
+                s[t % chains][m] = _mm512_fmadd_ps(weight, _mm512_set1_ps(rows[m][k + t]), s[t % chains][m]);
         }
     }
-    for (int m = 0; m < count; m++) _mm512_storeu_ps(sums[m], s[m]);
+    for (int m = 0; m < count; m++) {
+        for (int t = 1; t < chains; t++) s[0][m] = _mm512_add_ps(s[0][m], s[t][m]);
+        _mm512_storeu_ps(sums[m], s[0][m]);
+    }
+}
+
+INLINE void few_tokens(const Weight *w, const uint8_t *codes, const float *zero, const float *x, int64_t stride, int64_t width, int count,
+                       float (*sums)[LANES]) {
+#define CASE(most, nibbles) some_tokens(w, codes, zero, x, stride, width, count, sums, most, nibbles)
+    if (w->bits == 4) count <= 1 ? CASE(1, 1) : count <= 2 ? CASE(2, 1) : count <= 4 ? CASE(4, 1) : CASE(FEW, 1);
+    else count <= 1 ? CASE(1, 0) : count <= 2 ? CASE(2, 0) : count <= 4 ? CASE(4, 0) : CASE(FEW, 0);
+#undef CASE
 }
 
 #else
