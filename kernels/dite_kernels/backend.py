@@ -12,7 +12,7 @@ from dite_kernels.quant_tensor import LinearSpec, QuantTensor
 
 @dataclass(frozen=True)
 class InputTransform:
-    """What is done to inputs before they are quantized: times `smooth` [K]; then, with a `block`, times `sign` [K] of ±1 and rotated in blocks of that
+    """What is done to inputs before they are quantized: times `smooth` [K]; then, with a `block`, times `sign` [K] of ±1 and rotated in blocks of so
     many columns. Each may be None. Tensors are fp32."""
 
     smooth: torch.Tensor | None = None
@@ -28,7 +28,8 @@ class InputTransform:
 @dataclass(frozen=True)
 class Backend(ABC):
     """`holds_codes`: `prepare`'s result holds all that the weight did, so that its own codes can be dropped; `restore` gives them back.
-    `transforms`: `linear` takes an InputTransform, and does it on the way. `gelus`: `linear` can put its results through the tanh-approximated GELU."""
+    `transforms`: `linear` takes an InputTransform, and does it on the way.
+    `gelus`: `linear` can put its results through the tanh-approximated GELU."""
 
     name: str
     summary: str

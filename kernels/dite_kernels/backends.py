@@ -16,7 +16,6 @@ from dite_kernels.backend import Backend, InputTransform
 from dite_kernels.cpu.backend import Cpu
 from dite_kernels.quant_tensor import LinearSpec
 
-
 __all__ = ["BACKENDS", "Backend", "BackendUnavailable", "InputTransform", "describe", "select"]
 
 

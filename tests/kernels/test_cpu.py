@@ -225,7 +225,8 @@ def test_processes_that_start_at_once_compile_one_library(tmp_path):
     code = (
         "import torch; from dite_kernels import backends; from dite_kernels.quant_tensor import LinearSpec, quantize_weight; torch.manual_seed(0);"
         "spec = LinearSpec(96, 40, 4, 32, False, 8); b = backends.select(spec, torch.device('cpu'), 'cpu');"
-        "x = torch.randn(9, 96); w = quantize_weight(torch.randn(40, 96), spec); print(b.linear(x, b.prepare(w, spec, x.dtype), None, spec).sum().item())"
+        "x = torch.randn(9, 96); w = quantize_weight(torch.randn(40, 96), spec);"
+        "print(b.linear(x, b.prepare(w, spec, x.dtype), None, spec).sum().item())"
     )
     kernels = str(Path(build.__file__).parents[2])
     environment = os.environ | {"DITE_CACHE": str(tmp_path), "DITE_CPU_ISA": "portable", "PYTHONPATH": kernels}
