@@ -1,12 +1,12 @@
 """Put a plan into a model: each linear becomes a QuantLinear, one after the other, so that memory never holds more than one layer twice."""
 
+import sys
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from dite.errors import CheckpointError, UnsupportedModel
-from dite.quant.fused import fuse_
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan
 from dite.quant.scheme import LayerScheme
@@ -60,10 +60,13 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
 def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` was."""
     parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    setattr(owner, child, module)
-    if isinstance(module, QuantLinear):
-        fuse_(owner)
+    setattr(model.get_submodule(parent), child, module)
+    if isinstance(module, QuantLinear) and "diffusers" in sys.modules:
+        from dite.quant.fused import fuse_  # imports diffusers: only where it is there already
+
+        while parent:
+            fuse_(model.get_submodule(parent))
+            parent = parent.rpartition(".")[0]
 
 
 def _relative_error(weight: torch.Tensor, layer: QuantLinear) -> float:

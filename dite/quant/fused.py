@@ -1,47 +1,95 @@
-"""Modules of diffusers whose work a quantized linear can do along the way."""
+"""Modules of diffusers that do more in one pass once their linears are quantized: a linear with its GELU, LayerNorm with adaLN, gated residuals.
 
-import sys
-from typing import Any
+A module's class is changed to a subclass of it; its state, its names and what it computes stay, up to the rounding of intermediate results, which
+there are fewer of. Where the fused form can't run (another device, gradients, hooks in between), the module does what it always did.
+
+Imported only when diffusers is there already: a model that has such modules has brought it.
+"""
 
 import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.normalization import AdaLayerNormZero
 from torch import nn
 
 from dite.quant.linear import QuantLinear
+from dite_kernels.cpu import block
 
 
 def fuse_(module: nn.Module) -> None:
-    """Let `module` use what its quantized linear can do besides; anything else stays as it is, and so does every module's state."""
-    activations = sys.modules.get("diffusers.models.activations")  # a model that has them has loaded them
-    if activations is not None and type(module) is activations.GELU and module.approximate == "tanh":
-        module.__class__ = _fused_gelu(activations.GELU)
+    """Let `module` do more in one pass, if it is one that can."""
+    fused = {GELU: FusedGELU, AdaLayerNormZero: FusedAdaLayerNormZero, BasicTransformerBlock: FusedBlock}.get(type(module))
+    if fused is not None and fused.fits(module):
+        module.__class__ = fused
 
 
-def _fused_gelu(gelu: type) -> type:
-    """The one subclass of diffusers' GELU, made when it is first needed: this module is imported without diffusers too."""
-    if "FusedGELU" not in globals():
+class FusedGELU(GELU):
+    """A linear and its GELU in one call, while that linear is quantized and nobody listens in between."""
 
-        class FusedGELU(gelu):
-            """A linear and its GELU in one call while that linear is quantized and nobody listens in between."""
+    @staticmethod
+    def fits(module: GELU) -> bool:
+        """Whether the GELU is the tanh approximation."""
+        return module.approximate == "tanh"
 
-            def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-                if alone(self.proj):
-                    return self.proj.forward_gelu(hidden_states)
-                return super().forward(hidden_states)
-
-        FusedGELU.__qualname__ = "FusedGELU"
-        globals()["FusedGELU"] = FusedGELU
-    return globals()["FusedGELU"]
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.proj, QuantLinear) and not listened_to(self.proj):
+            return self.proj.forward_gelu(hidden_states)
+        return super().forward(hidden_states)
 
 
-def __getattr__(name: str) -> Any:
-    # A pickled model names this class, and may be read by a process that has fused nothing yet.
-    if name == "FusedGELU":
-        from diffusers.models.activations import GELU
+class FusedAdaLayerNormZero(AdaLayerNormZero):
+    """LayerNorm, scale and shift in one pass."""
 
-        return _fused_gelu(GELU)
-    raise AttributeError(name)
+    @staticmethod
+    def fits(module: AdaLayerNormZero) -> bool:
+        """Whether the norm is a LayerNorm without weights."""
+        return _plain(module.norm)
+
+    def forward(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
+        if listened_to(self.norm):
+            return super().forward(x, timestep, class_labels, hidden_dtype, emb)
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        shift, scale, *others = self.linear(self.silu(emb)).chunk(6, dim=1)
+        return (modulate(self.norm, x, scale, shift), *others)
 
 
-def alone(linear: nn.Module) -> bool:
-    """Whether `linear` is a quantized one that nothing is hooked into."""
-    return isinstance(linear, QuantLinear) and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
+class FusedBlock(BasicTransformerBlock):
+    """A DiT block: self-attention and feed-forward, each after adaLN and gated."""
+
+    @staticmethod
+    def fits(module: BasicTransformerBlock) -> bool:
+        """Whether the block has these parts, and no others."""
+        if module.norm_type != "ada_norm_zero" or module.attn2 is not None or module.only_cross_attention:
+            return False
+        return _plain(module.norm3) and module.pos_embed is None and module._chunk_size is None
+
+    def forward(self, hidden_states, attention_mask=None, *others, timestep=None, class_labels=None, cross_attention_kwargs=None, **more):
+        if others or cross_attention_kwargs or hidden_states.ndim != 3 or self._chunk_size is not None or listened_to(self.norm3):
+            more |= {"timestep": timestep, "class_labels": class_labels, "cross_attention_kwargs": cross_attention_kwargs}
+            return super().forward(hidden_states, attention_mask, *others, **more)
+        dtype = hidden_states.dtype
+        x, gate_attention, shift, scale, gate = self.norm1(hidden_states, timestep, class_labels, hidden_dtype=dtype)
+        hidden_states = add_gated(hidden_states, gate_attention, self.attn1(x, attention_mask=attention_mask))
+        return add_gated(hidden_states, gate, self.ff(modulate(self.norm3, hidden_states, scale, shift)))
+
+
+def modulate(norm: nn.LayerNorm, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """norm(x) · (1 + scale) + shift: x [B, L, C], scale and shift [B, C]."""
+    fused = block.modulate(x, scale, shift, norm.eps)
+    return norm(x) * (1 + scale[:, None]) + shift[:, None] if fused is None else fused
+
+
+def add_gated(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + gate · y: x and y [B, L, C], gate [B, C]."""
+    fused = block.add_gated(x, gate, y)
+    return gate[:, None] * y + x if fused is None else fused
+
+
+def listened_to(module: nn.Module) -> bool:
+    """Whether hooks want to see what goes in or comes out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _plain(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and not norm.elementwise_affine

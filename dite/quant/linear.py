@@ -47,8 +47,8 @@ class QuantLinear(nn.Linear):
 
     Buffers: qdata uint8 [N, packed K]; scale [N, G] fp16 or fp32; zero_point uint8 [N, packed G] unless symmetric; bias [N] or None; smooth [K],
     lowrank_down [r, K] and lowrank_up [N, r] if the scheme has them, in the model's dtype (smooth holds numbers that every dtype can).
-    `backend` names what runs it (`auto` by default); see `dite_kernels.backends`. Some hold the codes in a layout of their own, and the layer keeps no
-    second copy: `qdata` is made from it whenever it is asked for.
+    `backend` names what runs it (`auto` by default); see `dite_kernels.backends`. Some hold the codes in a layout of their own; then the layer has no
+    second copy, and `qdata` is made from it whenever it is asked for.
     """
 
     def __init__(self, in_features: int, out_features: int, scheme: LayerScheme, bias: bool = True, *, device=None, dtype=None):

@@ -15,6 +15,7 @@
 #include <omp.h>
 #endif
 
+#include "normalize.h"
 #include "weight_only.h"
 
 VARIANT(token_whole, 0, 0)
@@ -22,10 +23,7 @@ VARIANT(token_zero, 0, 1)
 VARIANT(group_whole, 1, 0)
 VARIANT(group_zero, 1, 1)
 
-enum { OK = 0, NO_MEMORY = 1 };
 enum { CACHED_TOKENS_BYTES = 1 << 20 }; /* activations that stay in the second cache while the panels of the weight pass */
-
-static __thread Scratch shared_scratch, own_scratch;
 
 /* 0 where the processor's and the system's part is there. */
 int32_t dite_prepare(void) { return request_tiles(); }

@@ -45,18 +45,21 @@ INLINE __m256i bf16_of(__m512 y) {
 #endif
 }
 
-/* `gelu` of types.h: 2^z by a polynomial on [-1/2, 1/2] of relative error 2e-7, the quotient by one Newton step. */
-INLINE __m512 gelu16(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1);
-    __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), one);
-    __m512 z = _mm512_mul_ps(_mm512_mul_ps(x, cubic), _mm512_set1_ps(-1.5957691216f * 1.4426950409f));
-    z = _mm512_min_ps(_mm512_max_ps(z, _mm512_set1_ps(-126)), _mm512_set1_ps(126));
+/* 2^z for |z| <= 126, by a polynomial on [-1/2, 1/2] of relative error 1e-7. */
+INLINE __m512 power_of_two(__m512 z) {
     __m512 whole = _mm512_roundscale_ps(z, 0), part = _mm512_sub_ps(z, whole);
     __m512 power = _mm512_fmadd_ps(part, _mm512_set1_ps(1.32187e-3f), _mm512_set1_ps(9.6717e-3f));
     power = _mm512_fmadd_ps(part, power, _mm512_set1_ps(5.550893e-2f));
     power = _mm512_fmadd_ps(part, power, _mm512_set1_ps(2.4022238e-1f));
     power = _mm512_fmadd_ps(part, power, _mm512_set1_ps(6.9314686e-1f));
-    __m512 below = _mm512_add_ps(_mm512_scalef_ps(_mm512_fmadd_ps(part, power, one), whole), one);
+    return _mm512_scalef_ps(_mm512_fmadd_ps(part, power, _mm512_set1_ps(1)), whole);
+}
+
+/* `gelu` of types.h, the quotient by one Newton step. */
+INLINE __m512 gelu16(__m512 x) {
+    __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1));
+    __m512 z = _mm512_mul_ps(_mm512_mul_ps(x, cubic), _mm512_set1_ps(-1.5957691216f * 1.4426950409f));
+    __m512 below = _mm512_add_ps(power_of_two(_mm512_min_ps(_mm512_max_ps(z, _mm512_set1_ps(-126)), _mm512_set1_ps(126))), _mm512_set1_ps(1));
     __m512 inverse = _mm512_rcp14_ps(below);
     inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(below, inverse, _mm512_set1_ps(2)));
     return _mm512_mul_ps(x, inverse); /* of NaN: NaN */

@@ -23,6 +23,7 @@
 
 enum { ROWS = 64, COLUMNS = 64, LANES = 16 };
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { OK = 0, NO_MEMORY = 1 };
 
 /* A packed weight. A code stands for (w' - zero) * scale; w' is an int8. Arrays are [panel][G][64] of floats unless said otherwise. */
 typedef struct {
@@ -86,6 +87,8 @@ INLINE float gelu(float x) { return x / (1 + expf(-1.5957691216f * (x + 0.044715
 
 /* A buffer of the calling thread's that grows and is kept: fresh pages would cost as much as a small product. Null when memory runs out. */
 typedef struct { void *memory; size_t size; } Scratch;
+
+static __thread Scratch shared_scratch, own_scratch; /* for all threads of a call, and for each of them */
 
 INLINE void *reserve(Scratch *scratch, size_t size) {
     if (scratch->size < size) {

@@ -23,7 +23,7 @@ INLINE void few_plain(const Weight *w, const uint8_t *codes, const float *zero, 
 #ifdef __AVX512BW__
 
 /* Tokens past `count` repeat the last one. Each has several sums, so that no product waits for the one before. */
-INLINE void some_tokens(const Weight *w, const uint8_t *codes, const float *zero, const float *x, int64_t stride, int64_t width, int count,
+INLINE void some_tokens(const uint8_t *codes, const float *zero, const float *x, int64_t stride, int64_t width, int count,
                         float (*sums)[LANES], const int tokens, const int nibbles) {
     const int chains = tokens <= 2 ? 4 : FEW / tokens;
     __m512 s[4][FEW], z = _mm512_loadu_ps(zero);
@@ -53,7 +53,7 @@ INLINE void some_tokens(const Weight *w, const uint8_t *codes, const float *zero
 
 INLINE void few_tokens(const Weight *w, const uint8_t *codes, const float *zero, const float *x, int64_t stride, int64_t width, int count,
                        float (*sums)[LANES]) {
-#define CASE(most, nibbles) some_tokens(w, codes, zero, x, stride, width, count, sums, most, nibbles)
+#define CASE(most, nibbles) some_tokens(codes, zero, x, stride, width, count, sums, most, nibbles)
     if (w->bits == 4) count <= 1 ? CASE(1, 1) : count <= 2 ? CASE(2, 1) : count <= 4 ? CASE(4, 1) : CASE(FEW, 1);
     else count <= 1 ? CASE(1, 0) : count <= 2 ? CASE(2, 0) : count <= 4 ? CASE(4, 0) : CASE(FEW, 0);
 #undef CASE
