@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dite_kernels import dense, int_mm, reference
+from dite_kernels import backend_triton, dense, int_mm, reference
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor
 
 
@@ -91,6 +91,7 @@ BACKENDS = {
         IntMM("int_mm", "torch's int8 matrix product, one call a group; weight-only layers run as expanded"),
         Expanded("expanded", "weights unpacked once to the model's dtype, then one matrix product"),
         Dequantize("dequantize", "weights unpacked at each call, then one matrix product; smallest memory"),
+        backend_triton.Triton("triton", "integer products in groups on NVIDIA cards, 4-bit weights included"),
     )
 }
 

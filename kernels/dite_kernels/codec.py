@@ -12,8 +12,8 @@ Groups of 64 along the last dimension, c ≤ 64 elements each (the last may be s
 
 Codes are packed little-endian (code 0 in the low bits) and a short group is filled up with the codes of d = 0.
 
-Numerics: fp32, each operation rounded once, to even; no fused multiply-add may replace a product and a sum. Then any implementation can give the same
-bytes, and the state of two ranks can be compared by hash. A sum of floats would depend on its order, so sums are over integers:
+Numerics: fp32, each operation rounded once, to even; no fused multiply-add may replace a product and a sum. Then any implementation can give the
+same bytes, and the state of two ranks can be compared by hash. A sum of floats would depend on its order, so sums are over integers:
 
     r = 2^b / max(a, 2^-40);   q = ⌊|d|·r⌉;   Σ |d| / c := Σ q / (r·c);   √(Σ d² / c) := √(Σ q² / c) / r        b = 15 for int1, 12 for int2
 

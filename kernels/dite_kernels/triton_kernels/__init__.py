@@ -1,4 +1,4 @@
-"""The kernels for NVIDIA cards, in Triton. Importing any file of this package needs triton; nothing outside it does, until a kernel is wanted.
+"""The kernels for NVIDIA cards, in Triton. The files of this package need triton; nothing outside imports them until a kernel is wanted.
 
     rounding     affine quantization of a tile in registers: what quantize and modulate share
     rotation     block Hadamard matrices as a tile of the matrix unit wants them
@@ -11,3 +11,10 @@
 Every operator is registered with torch.library under `dite_kernels::`, with its shapes, so that torch.compile passes over it. Launches are chosen by
 shape from small tables; nothing is timed at import. Under TRITON_INTERPRET=1, set before the import, the kernels run on CPU tensors (for tests).
 """
+
+import os
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

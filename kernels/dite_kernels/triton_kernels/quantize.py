@@ -1,7 +1,7 @@
 """Activations to codes, scale and zero point of each token or each (token, group), after an optional smooth scale and rotation.
 
-The codes are those of `affine.quantize`, bit for bit. A program takes some tokens and one span of columns, twice: for the range, then for the codes (the
-second read comes from cache). A span is one group of any size, walked in tiles; or, if groups are short, one tile of several groups.
+The codes are those of `affine.quantize`, bit for bit. A program takes some tokens and one span of columns, twice: for the range, then for the codes
+(the second read comes from cache). A span is one group of any size, walked in tiles; or, if groups are short, one tile of several groups.
 Shape letters: M tokens, K columns, G groups.
 """
 
@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 
 from dite_kernels import affine, hadamard
-from dite_kernels.triton_kernels.rotation import Transform, tables, tile_width
+from dite_kernels.triton_kernels import interpreted
+from dite_kernels.triton_kernels.rotation import WIDEST, Transform, tables, tile_width
 from dite_kernels.triton_kernels.rounding import scale_and_zero, to_codes, whole, widen
 
 SHORT_TILE = 128  # columns of a tile that holds several groups
 PLAIN_TILE = 1024  # columns; a thread's share is then 8 to 32 values
-MOST_VALUES = 8192  # of a tile, over all its tokens
+MOST_VALUES = 4096  # of a tile, over all its tokens
 
 
 def quantize(
@@ -26,16 +27,19 @@ def quantize(
     `shifted` gives int8 codes, 128 less, as the integer product wants them. The smooth scale rounds once to x's dtype, the rotation not at all.
     """
     transform = transform or Transform()
-    if transform.block and not _fits(affine.group_width(x_MK.shape[1], group_size), x_MK.shape[1], tile_width(transform.block)):
+    if transform.block and not _rotates_here(x_MK, group_size, transform.block):
         x_MK = x_MK if transform.smooth is None else x_MK * transform.smooth.to(x_MK.dtype)
         x_MK, transform = hadamard.rotate(x_MK.float(), transform.block, transform.sign), Transform()
     arguments = (num_bits, group_size or 0, symmetric, transform.multiplier(), transform.block, shifted)
     return affine.Quantized(*quantize_activations(x_MK.contiguous(), *arguments))
 
 
-def _fits(group: int, columns: int, width: int) -> bool:
-    """Whether tiles of the rotation and groups share their borders."""
-    return group == columns or group % width == 0 or width % group == 0
+def _rotates_here(x_MK: torch.Tensor, group_size: int | None, block: int) -> bool:
+    """Whether the kernel can rotate: in half precision, where a product with ±1 is exact, and if its tiles and groups share their borders."""
+    if block > WIDEST or x_MK.dtype == torch.float32:
+        return False
+    group, width = affine.group_width(x_MK.shape[1], group_size), tile_width(block)
+    return group == x_MK.shape[1] or group % width == 0 or width % group == 0
 
 
 @torch.library.custom_op("dite_kernels::quantize_activations", mutates_args=())
@@ -71,11 +75,12 @@ def quantize_activations(
         SUBGROUPS=subgroups,
         # Known at compile time: there are few shapes in a model, and Triton's interpreter can't loop to a number that numpy holds.
         TILES=1 if subgroups > 1 else triton.cdiv(group, tile),
+        RAGGED=bool(block) and columns % tile != 0,
         # The interpreter's products don't know bf16; elsewhere ±1 costs no precision in any dtype.
-        WIDE_PRODUCT=x.device.type == "cpu",
+        WIDE_PRODUCT=interpreted(),
         TOKENS=tokens,
         TILE=tile,
-        num_warps=8 if tokens * tile >= 4096 else 4,
+        num_warps=4,
     )
     return codes, scale, zero
 
@@ -104,9 +109,10 @@ def _plain_tile(group: int) -> int:
 
 
 def _tokens(rows: int, tile: int, rotates: bool) -> int:
-    """Tokens of a program: enough values to hide memory's latency, no more than there are, at least the 16 rows of a matrix product."""
-    most = min(MOST_VALUES // tile, triton.next_power_of_2(rows), 32 if rotates else 16)
-    return max(most, 16 if rotates else 1)
+    """Tokens of a program: enough values to hide memory's latency, or the 16 rows of a matrix product."""
+    if rotates:
+        return 16
+    return max(1, min(MOST_VALUES // tile, triton.next_power_of_2(rows), 16))
 
 
 @triton.jit
@@ -127,6 +133,7 @@ def _quantize(
     SHIFT: tl.constexpr,
     SUBGROUPS: tl.constexpr,
     TILES: tl.constexpr,
+    RAGGED: tl.constexpr,
     WIDE_PRODUCT: tl.constexpr,
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
@@ -139,51 +146,60 @@ def _quantize(
     low = tl.zeros([TOKENS, SUBGROUPS], tl.float32)
     high = tl.zeros([TOKENS, SUBGROUPS], tl.float32)
     has_nan = tl.zeros([TOKENS, SUBGROUPS], tl.int32)
-    columns = first + tl.arange(0, TILE)
-    tile = _read(x_ptr + base, inside, columns, end, K, multiplier_ptr, matrices_ptr, column_scales_ptr, WIDE_PRODUCT, TILE)
-    low, high, has_nan = widen(low, high, has_nan, tl.reshape(tile, [TOKENS, SUBGROUPS, TILE // SUBGROUPS]))
-    if TILES > 1:
-        for index in range(1, TILES):
-            columns = first + index * TILE + tl.arange(0, TILE)
-            tile = _read(x_ptr + base, inside, columns, end, K, multiplier_ptr, matrices_ptr, column_scales_ptr, WIDE_PRODUCT, TILE)
-            low, high, has_nan = widen(low, high, has_nan, tl.reshape(tile, [TOKENS, SUBGROUPS, TILE // SUBGROUPS]))
+    within = tl.arange(0, TILE)
+    # The last tile stands apart: it may be rotated by another matrix, and stays in registers for its codes.
+    last_columns = first + (TILES - 1) * TILE + within
+    matrix, column_scale = None, None
+    if matrices_ptr is not None:
+        matrix, column_scale = _rotation(matrices_ptr, column_scales_ptr, 0, TILE)
+    last_matrix, last_column_scale = matrix, column_scale
+    if RAGGED:
+        ragged = (first + TILES * TILE > K).to(tl.int32)
+        last_matrix, last_column_scale = _rotation(matrices_ptr, column_scales_ptr, ragged, TILE)
+    for index in range(TILES - 1):
+        columns = first + index * TILE + within
+        tile = _read(x_ptr + base, inside, columns, end, multiplier_ptr, matrix, column_scale, WIDE_PRODUCT)
+        low, high, has_nan = widen(low, high, has_nan, tl.reshape(tile, [TOKENS, SUBGROUPS, TILE // SUBGROUPS]))
+    last_tile = _read(x_ptr + base, inside, last_columns, end, multiplier_ptr, last_matrix, last_column_scale, WIDE_PRODUCT)
+    low, high, has_nan = widen(low, high, has_nan, tl.reshape(last_tile, [TOKENS, SUBGROUPS, TILE // SUBGROUPS]))
     scale, zero = scale_and_zero(low, high, has_nan, LEVELS, SYMMETRIC)
     groups = tl.program_id(1) * SUBGROUPS + tl.arange(0, SUBGROUPS)
     place = rows.to(tl.int64)[:, None] * G + groups[None, :]
     tl.store(scale_ptr + place, scale, mask=inside & (groups[None, :] < G))
     tl.store(zero_ptr + place, whole(zero), mask=inside & (groups[None, :] < G))
-    if TILES == 1:
-        _write(codes_ptr + base, inside, columns, end, tile, scale, zero, LEVELS, SHIFT, SUBGROUPS)
-    else:
-        for index in range(TILES):
-            columns = first + index * TILE + tl.arange(0, TILE)
-            tile = _read(x_ptr + base, inside, columns, end, K, multiplier_ptr, matrices_ptr, column_scales_ptr, WIDE_PRODUCT, TILE)
-            _write(codes_ptr + base, inside, columns, end, tile, scale, zero, LEVELS, SHIFT, SUBGROUPS)
+    _write(codes_ptr + base, inside, last_columns, end, last_tile, scale, zero, LEVELS, SHIFT)
+    for index in range(TILES - 1):
+        columns = first + index * TILE + within
+        tile = _read(x_ptr + base, inside, columns, end, multiplier_ptr, matrix, column_scale, WIDE_PRODUCT)
+        _write(codes_ptr + base, inside, columns, end, tile, scale, zero, LEVELS, SHIFT)
 
 
 @triton.jit
-def _read(x_ptrs, inside, columns, end, K, multiplier_ptr, matrices_ptr, column_scales_ptr, WIDE_PRODUCT: tl.constexpr, TILE: tl.constexpr):
+def _rotation(matrices_ptr, column_scales_ptr, index, TILE: tl.constexpr):
+    """The matrix of ±1 and 0 of a tile and its columns' scales."""
+    within = tl.arange(0, TILE)
+    matrix = tl.load(matrices_ptr + index * TILE * TILE + within[:, None] * TILE + within[None, :])
+    return matrix, tl.load(column_scales_ptr + index * TILE + within)
+
+
+@triton.jit
+def _read(x_ptrs, inside, columns, end, multiplier_ptr, matrix, column_scale, WIDE_PRODUCT: tl.constexpr):
     """Transformed activations in fp32, 0 outside."""
     x = tl.load(x_ptrs + columns[None, :], mask=inside & (columns[None, :] < end), other=0.0)
-    dtype = x.dtype
+    dtype: tl.constexpr = x.dtype
     x = x.to(tl.float32)
     if multiplier_ptr is not None:
         by = tl.load(multiplier_ptr + columns, mask=columns < end, other=0.0)
         x = (x * by[None, :]).to(dtype).to(tl.float32)  # rounded as a multiplication by torch in x's dtype would be
-    if matrices_ptr is not None:
-        within = tl.arange(0, TILE)
-        ragged = (tl.max(columns, axis=0) >= K).to(tl.int32)
-        matrix = tl.load(matrices_ptr + ragged * TILE * TILE + within[:, None] * TILE + within[None, :])
-        if WIDE_PRODUCT:
-            x = tl.dot(x, matrix.to(tl.float32), input_precision="ieee")
-        else:
-            x = tl.dot(x.to(dtype), matrix, input_precision="ieee")
-        x *= tl.load(column_scales_ptr + ragged * TILE + within)[None, :]
+    if matrix is not None:
+        x = tl.dot(x, matrix.to(tl.float32), input_precision="ieee") if WIDE_PRODUCT else tl.dot(x.to(dtype), matrix)
+        x *= column_scale[None, :]
     return x
 
 
 @triton.jit
-def _write(codes_ptrs, inside, columns, end, tile, scale, zero, LEVELS: tl.constexpr, SHIFT: tl.constexpr, SUBGROUPS: tl.constexpr):
+def _write(codes_ptrs, inside, columns, end, tile, scale, zero, LEVELS: tl.constexpr, SHIFT: tl.constexpr):
+    SUBGROUPS: tl.constexpr = scale.shape[1]
     TOKENS: tl.constexpr = tile.shape[0]
     TILE: tl.constexpr = tile.shape[1]
     grouped = tl.reshape(tile, [TOKENS, SUBGROUPS, TILE // SUBGROUPS])

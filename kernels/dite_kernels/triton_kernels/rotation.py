@@ -2,9 +2,9 @@
 
     y = (x · s) H        H = matrix of ±1 and 0, times 1/√b of each column's block
 
-±1 and 0 are exact in every dtype, so that bf16 and fp16 inputs use the fast matrix unit and still give the exact fp32 sum; 1/√b multiplies it in fp32.
-(The torch rotation rounds 1/√b and the result to the input's dtype; this one is closer to the definition.) All tiles of a row but the last have the same
-matrix; the last has another if the row is ragged. Both lie in one table, so that no kernel works out a block from a column.
+±1 and 0 are exact in every dtype, so that bf16 and fp16 inputs use the fast matrix unit and still give the exact fp32 sum; 1/√b multiplies it in
+fp32. (The torch rotation rounds 1/√b and the result to the input's dtype; this one is closer to the definition.) All tiles of a row have the same
+matrix, but for the last if the row is ragged. Both lie in one table, so that no kernel works out a block from a column.
 """
 
 from dataclasses import dataclass
