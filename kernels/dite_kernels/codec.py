@@ -17,8 +17,8 @@ same bytes, and the state of two ranks can be compared by hash. A sum of floats 
 
     r = 2^b / max(a, 2^-40);   q = ⌊|d|·r⌉;   Σ |d| / c := Σ q / (r·c);   √(Σ d² / c) := √(Σ q² / c) / r        b = 15 for int1, 12 for int2
 
-An all-zero group has s = 0, and adds zero. A group with NaN or inf has s = NaN and the codes of d = 0: it poisons its own 64 elements on every rank, and
-no others. s saturates at 65504. LEVELS and t have so few bits that LEVELS·s and t·s are exact.
+An all-zero group has s = 0, and adds zero. A group with NaN or inf has s = NaN and the codes of d = 0: it poisons its own 64 elements on every rank,
+and no others. s saturates at 65504. LEVELS and t have so few bits that LEVELS·s and t·s are exact.
 """
 
 from typing import NamedTuple

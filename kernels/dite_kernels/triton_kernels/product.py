@@ -191,36 +191,39 @@ def _product(
     w_ptrs = w_ptr + n_read.to(tl.int64)[:, None] * row_bytes + within[None, :]
     x_ptrs = x_ptr + m_read.to(tl.int64)[None, :] * K + within[:, None]
     columns_of_a_step: tl.constexpr = 2 * DEPTH if NIBBLES else DEPTH
+    # What a group needs beside its codes is loaded one group ahead: a program would wait for it longer than its products take.
+    w_sums = tl.load(w_sums_ptr + n_read) if ADJUSTS else None
+    w_scale = tl.load(w_scale_ptr + n_read)
     total = tl.zeros([N_TILE, M_TILE], tl.float32)
     for g in range(GROUPS):
+        ahead = n_read + tl.minimum(g + 1, GROUPS - 1) * N
+        scale_ahead = tl.load(w_scale_ptr + ahead)
+        zero = tl.load(w_zero_ptr + g * N + n_read) if NIBBLES else None
+        sums_ahead = tl.load(w_sums_ptr + ahead) if ADJUSTS else None
         acc = tl.zeros([N_TILE, M_TILE], tl.int32)
-        zero = tl.load(w_zero_ptr + g * N + n_read)[:, None] if NIBBLES else None
         if UNROLL:
             for step in tl.static_range(STEPS):
                 k = g * group + step * columns_of_a_step
                 end = tl.minimum((g + 1) * group, K) - k
                 w_tile = w_ptrs + (g * STEPS + step) * bytes_of_a_step
-                acc = _step(acc, x_ptrs + k, w_tile, zero, within, end, NIBBLES, MASKS, FAST_BYTES, DEPTH)
+                acc = _step(acc, x_ptrs + k, w_tile, zero[:, None] if NIBBLES else None, within, end, NIBBLES, MASKS, FAST_BYTES, DEPTH)
         else:
             for step in range(STEPS):
                 k = g * group + step * columns_of_a_step
                 end = tl.minimum((g + 1) * group, K) - k
                 w_tile = w_ptrs + (g * STEPS + step) * bytes_of_a_step
-                acc = _step(acc, x_ptrs + k, w_tile, zero, within, end, NIBBLES, MASKS, FAST_BYTES, DEPTH)
-        x_group = g if PER_GROUP else 0
-        x_groups: tl.constexpr = GROUPS if PER_GROUP else 1
-        x_place = m_read.to(tl.int64) * x_groups + x_group
+                acc = _step(acc, x_ptrs + k, w_tile, zero[:, None] if NIBBLES else None, within, end, NIBBLES, MASKS, FAST_BYTES, DEPTH)
+        x_place = m_read.to(tl.int64) * (GROUPS if PER_GROUP else 1) + (g if PER_GROUP else 0)
         if ADJUSTS:
-            x_zero = tl.load(x_zero_ptr + x_place).to(tl.int32) - 128
-            acc -= tl.load(w_sums_ptr + g * N + n_read)[:, None] * x_zero[None, :]
+            acc -= w_sums[:, None] * (tl.load(x_zero_ptr + x_place).to(tl.int32) - 128)[None, :]
         if x_sums_ptr is not None:
             w_zero = tl.load(w_zero_ptr + g * N + n_read).to(tl.int32)
             acc -= w_zero[:, None] * tl.load(x_sums_ptr + g * M + m_read)[None, :]
-        w_scale = tl.load(w_scale_ptr + g * N + n_read).to(tl.float32)
-        if PER_GROUP:
-            total += acc.to(tl.float32) * (tl.load(x_scale_ptr + x_place)[None, :] * w_scale[:, None])
-        else:
-            total += acc.to(tl.float32) * w_scale[:, None]
+        by = w_scale.to(tl.float32)[:, None]
+        total += acc.to(tl.float32) * (tl.load(x_scale_ptr + x_place)[None, :] * by if PER_GROUP else by)
+        w_scale = scale_ahead
+        if ADJUSTS:
+            w_sums = sums_ahead
     if not PER_GROUP:
         total *= tl.load(x_scale_ptr + m_read)[None, :]
     if bias_ptr is not None:

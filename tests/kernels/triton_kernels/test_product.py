@@ -16,10 +16,11 @@ SHAPES = [
     (1, 17, 5, None),
     (5, 300, 70, 128),
     (33, 130, 9, 16),
-    (70, 640, 40, 128),
+    (70, 384, 80, 128),
     (17, 200, 100, 48),
     (9, 96, 8, 32),
-    (130, 192, 30, 64),
+    (130, 150, 30, 64),
+    (70, 100, 80, None),
     (20, 600, 10, 256),
     (8, 1160, 9, None),
     (3, 2048, 5, 512),
@@ -58,7 +59,7 @@ def size_of_terms(x, packed, bias, spec):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS[:2])
 def test_the_product_is_the_reference_s_within_three_roundings_a_group(device, shape, weight, activation):
     spec, packed, x, bias = build(shape, weight, activation)
     error = (run(device, x, packed, bias, spec) - reference.linear(x, packed, bias, spec)).abs()
