@@ -4,18 +4,19 @@
 
 Groups of 64 along the last dimension, c ≤ 64 elements each (the last may be short); a = max |d| over the group, s its fp16 scale:
 
-    kind   s = fp16(…)                 code                              D(code)              bytes of 64 elements, scale included
-    int8   a / 127                     clamp(⌊d·(1/s)⌉, ±127) + 128      (code − 128) · s     66
-    int4   a / 7                       clamp(⌊d·(1/s)⌉, ±7) + 8          (code − 8) · s       34
-    int2   √(Σ d² / c)                 [d ≥ −t·s] + [d ≥ 0] + [d ≥ t·s]  LEVELS[code] · s     18     Lloyd-Max for a normal d (Max 1960)
-    int1   Σ |d| / c                   [d ≥ 0]                           ±s                   10     (sign and mean: signSGD, arXiv 1802.04434)
+    kind   s                   code                                  D(code)             bytes of 64 elements, scale included
+    int8   above(a / 127)      clamp(round(d · (1/s)), ±127) + 128   (code − 128) · s    66
+    int4   above(a / 7)        clamp(round(d · (1/s)), ±7) + 8       (code − 8) · s      34
+    int2   near(√(Σ d² / c))   [d ≥ −t·s] + [d ≥ 0] + [d ≥ t·s]      LEVELS[code] · s    18     Lloyd-Max for a normal d (Max 1960)
+    int1   near(Σ |d| / c)     [d ≥ 0]                               ±s                  10     sign and mean (signSGD, arXiv 1802.04434)
 
-Codes are packed little-endian (code 0 in the low bits) and a short group is filled up with the codes of d = 0.
+`near` is the nearest fp16 number, `above` the next one that is not smaller, so that |d − D| ≤ s / 2. Codes are packed little-endian (code 0 in the low
+bits) and a short group is filled up with the codes of d = 0.
 
 Numerics: fp32, each operation rounded once, to even; no fused multiply-add may replace a product and a sum. Then any implementation can give the
 same bytes, and the state of two ranks can be compared by hash. A sum of floats would depend on its order, so sums are over integers:
 
-    r = 2^b / max(a, 2^-40);   q = ⌊|d|·r⌉;   Σ |d| / c := Σ q / (r·c);   √(Σ d² / c) := √(Σ q² / c) / r        b = 15 for int1, 12 for int2
+    r = 2^b / max(a, 2^-40);   q = round(|d| · r);   Σ |d| / c := Σ q / (r·c);   √(Σ d² / c) := √(Σ q² / c) / r        b = 15 for int1, 12 for int2
 
 An all-zero group has s = 0, and adds zero. A group with NaN or inf has s = NaN and the codes of d = 0: it poisons its own 64 elements on every rank,
 and no others. s saturates at 65504. LEVELS and t have so few bits that LEVELS·s and t·s are exact.
@@ -63,7 +64,7 @@ def encode(x: torch.Tensor, ref: torch.Tensor, kind: str) -> Payload:
     largest = d.abs().amax(-1)
     finite = largest.isfinite()
     d, largest = torch.where(finite[..., None], d, 0.0), torch.where(finite, largest, 0.0)
-    scale = _scale(d, largest, x.shape[-1], kind).clamp(max=affine.FP16_MAX).half()
+    scale = _to_half(_scale(d, largest, x.shape[-1], kind), upwards=kind in ("int8", "int4"))
     codes = _codes(d, scale.float()[..., None], kind)
     scale = torch.where(finite, scale, torch.nan)
     return Payload(_pack(codes, BITS[kind]).reshape(code_shape), scale.reshape(scale_shape))
@@ -103,6 +104,13 @@ def _scale(d: torch.Tensor, largest: torch.Tensor, columns: int, kind: str) -> t
     if kind == "int2":
         return ((q * q).sum(-1, dtype=torch.int32).float() / count).sqrt() / step
     return q.sum(-1, dtype=torch.int32).float() / (step * count)
+
+
+def _to_half(scale: torch.Tensor, upwards: bool) -> torch.Tensor:
+    scale = scale.clamp(max=affine.FP16_MAX)
+    half = scale.half()
+    # The bits of positive halves are ordered like the numbers: adding one gives the next larger.
+    return torch.where(half.float() < scale, (half.view(torch.int16) + 1).view(torch.float16), half) if upwards else half
 
 
 def _codes(d: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:

@@ -89,7 +89,7 @@ def _encode(x_ptr, ref_ptr, codes_ptr, scale_ptr, n, G, total, BITS: tl.constexp
     # inf − inf is NaN and NaN times 0 is NaN: one test finds both.
     finite = tl.max((d * 0.0 != 0.0).to(tl.int32), axis=1) == 0
     d = tl.where(finite[:, None], d, 0.0)
-    half = tl.minimum(_scale(d, count, BITS), FP16_MAX).to(tl.float16)
+    half = _to_half(tl.minimum(_scale(d, count, BITS), FP16_MAX), BITS)
     scale = half.to(tl.float32)
     codes = _codes(d, scale[:, None], BITS)
     tl.store(scale_ptr + groups, tl.where(finite, half, float("nan")), mask=live)
@@ -149,6 +149,15 @@ def _scale(d, count, BITS: tl.constexpr):
     step = tl.div_rn(tl.full(largest.shape, 2.0**15, tl.float32), tl.maximum(largest, SMALLEST))
     q = _round(tl.abs(d) * step[:, None]).to(tl.int32)
     return tl.div_rn(tl.sum(q, axis=1).to(tl.float32), step * count)
+
+
+@triton.jit
+def _to_half(scale, BITS: tl.constexpr):
+    half = scale.to(tl.float16)
+    if BITS >= 4:
+        above = (half.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
+        half = tl.where(half.to(tl.float32) < scale, above, half)
+    return half
 
 
 @triton.jit
