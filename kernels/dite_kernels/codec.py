@@ -4,11 +4,11 @@
 
 Groups of 64 along the last dimension, c ≤ 64 elements each (the last may be short); a = max |d| over the group, s its fp16 scale:
 
-    kind   s                   code                                  D(code)             bytes of 64 elements, scale included
-    int8   above(a / 127)      clamp(round(d · (1/s)), ±127) + 128   (code − 128) · s    66
-    int4   above(a / 7)        clamp(round(d · (1/s)), ±7) + 8       (code − 8) · s      34
-    int2   near(√(Σ d² / c))   [d ≥ −t·s] + [d ≥ 0] + [d ≥ t·s]      LEVELS[code] · s    18     Lloyd-Max for a normal d (Max 1960)
-    int1   near(Σ |d| / c)     [d ≥ 0]                               ±s                  10     sign and mean (signSGD, arXiv 1802.04434)
+    kind   s                   code                                  D(code)            bytes a group
+    int8   above(a / 127)      clamp(round(d · (1/s)), ±127) + 128   (code − 128) · s   66
+    int4   above(a / 7)        clamp(round(d · (1/s)), ±7) + 8       (code − 8) · s     34
+    int2   near(√(Σ d² / c))   [d ≥ −t·s] + [d ≥ 0] + [d ≥ t·s]      LEVELS[code] · s   18   Lloyd-Max for a normal d (Max 1960)
+    int1   near(Σ |d| / c)     [d ≥ 0]                               ±s                 10   sign and mean (signSGD, arXiv 1802.04434)
 
 `near` is the nearest fp16 number, `above` the next one that is not smaller, so that |d − D| ≤ s / 2. Codes are packed little-endian (code 0 in the low
 bits) and a short group is filled up with the codes of d = 0.

@@ -67,6 +67,7 @@ def modulate_activations(
         GROUPS=tile_groups,
         COLUMNS=tile_columns,
         num_warps=warps(tile_groups * tile_columns),
+        enable_fp_fusion=False,
     )
     return outputs
 

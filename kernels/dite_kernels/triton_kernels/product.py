@@ -119,6 +119,7 @@ def integer_linear(
         DEPTH=depth,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        enable_fp_fusion=True,  # one instruction an output and group; said here because the default differs between versions
     )
     return y
 
@@ -134,7 +135,18 @@ def _sum_groups(x_codes: torch.Tensor, groups: int, group: int) -> torch.Tensor:
     x_sums = torch.empty(groups, tokens, dtype=torch.int32, device=x_codes.device)
     tile = max(16, min(256, triton.next_power_of_2(group)))
     grid = (triton.cdiv(tokens, TOKENS_OF_A_SUM), groups)
-    _sums[grid](x_codes, x_sums, tokens, columns, group, TILES=triton.cdiv(group, tile), TOKENS=TOKENS_OF_A_SUM, TILE=tile, num_warps=4)
+    _sums[grid](
+        x_codes,
+        x_sums,
+        tokens,
+        columns,
+        group,
+        TILES=triton.cdiv(group, tile),
+        TOKENS=TOKENS_OF_A_SUM,
+        TILE=tile,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
     return x_sums
 
 
@@ -213,19 +225,19 @@ def _product(
                 end = tl.minimum((g + 1) * group, K) - k
                 w_tile = w_ptrs + (g * STEPS + step) * bytes_of_a_step
                 acc = _step(acc, x_ptrs + k, w_tile, zero[:, None] if NIBBLES else None, within, end, NIBBLES, MASKS, FAST_BYTES, DEPTH)
-        x_place = m_read.to(tl.int64) * (GROUPS if PER_GROUP else 1) + (g if PER_GROUP else 0)
+        x_place = m * (GROUPS if PER_GROUP else 1) + (g if PER_GROUP else 0)
         if ADJUSTS:
-            acc -= w_sums[:, None] * (tl.load(x_zero_ptr + x_place).to(tl.int32) - 128)[None, :]
+            acc -= w_sums[:, None] * (tl.load(x_zero_ptr + x_place, mask=m < M, other=0).to(tl.int32) - 128)[None, :]
         if x_sums_ptr is not None:
             w_zero = tl.load(w_zero_ptr + g * N + n_read).to(tl.int32)
-            acc -= w_zero[:, None] * tl.load(x_sums_ptr + g * M + m_read)[None, :]
+            acc -= w_zero[:, None] * tl.load(x_sums_ptr + g * M + m, mask=m < M, other=0)[None, :]
         by = w_scale.to(tl.float32)[:, None]
-        total += acc.to(tl.float32) * (tl.load(x_scale_ptr + x_place)[None, :] * by if PER_GROUP else by)
+        total += acc.to(tl.float32) * (tl.load(x_scale_ptr + x_place, mask=m < M, other=0)[None, :] * by if PER_GROUP else by)
         w_scale = scale_ahead
         if ADJUSTS:
             w_sums = sums_ahead
     if not PER_GROUP:
-        total *= tl.load(x_scale_ptr + m_read)[None, :]
+        total *= tl.load(x_scale_ptr + m, mask=m < M, other=0)[None, :]
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n_read).to(tl.float32)[:, None]
     places = m.to(tl.int64)[None, :] * N + n[:, None]

@@ -81,6 +81,7 @@ def quantize_activations(
         TOKENS=tokens,
         TILE=tile,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return codes, scale, zero
 
