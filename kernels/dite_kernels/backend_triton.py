@@ -49,9 +49,9 @@ class Triton:
     def linear(self, x_MK: torch.Tensor, prepared: Any, bias: torch.Tensor | None, spec: LinearSpec) -> torch.Tensor:
         """y [M, N] in x's dtype."""
         from dite_kernels.triton_kernels import product
-        from dite_kernels.triton_kernels.quantize import quantize
+        from dite_kernels.triton_kernels.quantize import CodeFormat, quantize
 
         if x_MK.shape[0] < BREAK_EVEN_TOKENS:
             return dense.linear(x_MK, prepared.dequantize(spec, x_MK.dtype), bias, spec)
-        x = quantize(x_MK, spec.activation_bits, spec.activation_group_size, spec.activation_symmetric, shifted=True)
+        x = quantize(x_MK, CodeFormat.for_product(spec))
         return product.linear(x, prepared, bias, spec, x_MK.dtype)

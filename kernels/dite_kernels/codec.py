@@ -10,8 +10,8 @@ Groups of 64 along the last dimension, c ≤ 64 elements each (the last may be s
     int2   near(√(Σ d² / c))   [d ≥ −t·s] + [d ≥ 0] + [d ≥ t·s]      LEVELS[code] · s   18   Lloyd-Max for a normal d (Max 1960)
     int1   near(Σ |d| / c)     [d ≥ 0]                               ±s                 10   sign and mean (signSGD, arXiv 1802.04434)
 
-`near` is the nearest fp16 number, `above` the next one that is not smaller, so that |d − D| ≤ s / 2. Codes are packed little-endian (code 0 in the low
-bits) and a short group is filled up with the codes of d = 0.
+`near` is the nearest fp16 number, `above` the next one that is not smaller, so that |d − D| ≤ s / 2. Codes are packed little-endian (code 0 in the
+low bits) and a short group is filled up with the codes of d = 0.
 
 Numerics: fp32, each operation rounded once, to even; no fused multiply-add may replace a product and a sum. Then any implementation can give the
 same bytes, and the state of two ranks can be compared by hash. A sum of floats would depend on its order, so sums are over integers:

@@ -24,7 +24,7 @@ from dite_kernels import affine, codec, packing  # noqa: E402
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor  # noqa: E402
 from dite_kernels.triton_kernels import product, residual  # noqa: E402
 from dite_kernels.triton_kernels.modulate import modulate  # noqa: E402
-from dite_kernels.triton_kernels.quantize import quantize  # noqa: E402
+from dite_kernels.triton_kernels.quantize import CodeFormat, quantize  # noqa: E402
 from dite_kernels.triton_kernels.rotation import Transform  # noqa: E402
 from dite_kernels.triton_kernels.weight import prepare  # noqa: E402
 
@@ -88,7 +88,7 @@ def half(*shape):
 
 
 def rotate(columns, group_size, block):
-    quantize(half(512, columns), 8, group_size, False, Transform(torch.ones(columns), torch.ones(columns), block))
+    quantize(half(512, columns), CodeFormat(8, group_size), Transform(torch.ones(columns), torch.ones(columns), block))
 
 
 def encode(kind):
@@ -113,14 +113,14 @@ PRODUCTS = {
     "W6A8 ragged": (4096, 1160, 1152, 6, 48),
 }
 OTHERS = {
-    "quantize tokens": lambda: quantize(half(4096, 1152), 8, None, False, shifted=True),
-    "quantize groups of 64": lambda: quantize(half(4096, 1152), 8, 64, False),
-    "quantize fp32 in groups of 48": lambda: quantize(torch.zeros(512, 1160), 4, 48, True),
+    "quantize tokens": lambda: quantize(half(4096, 1152), CodeFormat(8, shifted=True)),
+    "quantize groups of 64": lambda: quantize(half(4096, 1152), CodeFormat(8, 64)),
+    "quantize fp32 in groups of 48": lambda: quantize(torch.zeros(512, 1160), CodeFormat(4, 48, True)),
     "rotate and quantize tokens": lambda: rotate(1152, None, 128),
     "rotate and quantize groups": lambda: rotate(1152, 128, 128),
     "rotate and quantize ragged tokens": lambda: rotate(1160, None, 64),
-    "modulate tokens": lambda: modulate(half(2, 256, 1152), half(2, 1152), half(2, 1152), (8, None, False)),
-    "modulate groups": lambda: modulate(half(2, 256, 3072), half(2, 3072), half(2, 3072), (8, 128, False)),
+    "modulate tokens": lambda: modulate(half(2, 256, 1152), half(2, 1152), half(2, 1152), CodeFormat(8)),
+    "modulate groups": lambda: modulate(half(2, 256, 3072), half(2, 3072), half(2, 3072), CodeFormat(8, 128)),
 }
 CODECS = {f"{call.__name__} {kind}": (call, kind) for kind in codec.BITS for call in (encode, decode)}
 

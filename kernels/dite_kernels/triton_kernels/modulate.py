@@ -14,29 +14,25 @@ import triton
 import triton.language as tl
 
 from dite_kernels import affine
-from dite_kernels.triton_kernels.quantize import like_quantized
+from dite_kernels.triton_kernels.quantize import CodeFormat, like_quantized
 from dite_kernels.triton_kernels.rounding import scale_and_zero, to_codes, whole, widen
 
 MOST_COLUMNS = 32768  # of a token that one program can hold
 
 
-def modulate(
-    x_BLC: torch.Tensor, scale_BC: torch.Tensor, shift_BC: torch.Tensor, arithmetic: tuple[int, int | None, bool], eps: float = 1e-6
-) -> affine.Quantized:
-    """Codes uint8 [B·L, C], scale fp32 and zero_point uint8 [B·L, G]. `arithmetic` is (num_bits, group_size, symmetric) of the activations."""
+def modulate(x_BLC: torch.Tensor, scale_BC: torch.Tensor, shift_BC: torch.Tensor, form: CodeFormat, eps: float = 1e-6) -> affine.Quantized:
+    """Codes uint8 [B·L, C], scale fp32 and zero_point uint8 [B·L, G]. int8 codes if `form` says shifted."""
     if x_BLC.shape[2] > MOST_COLUMNS:
         raise ValueError(f"a token of {x_BLC.shape[2]} columns is too long to modulate in one pass; the most is {MOST_COLUMNS}")
-    num_bits, group_size, symmetric = arithmetic
     contiguous = (part.contiguous() for part in (x_BLC, scale_BC, shift_BC))
-    return affine.Quantized(*modulate_activations(*contiguous, num_bits, group_size or 0, symmetric, eps, False))
+    return affine.Quantized(*modulate_activations(*contiguous, form.num_bits, form.group_size or 0, form.symmetric, eps, form.shifted))
 
 
-def modulate_reference(
-    x_BLC: torch.Tensor, scale_BC: torch.Tensor, shift_BC: torch.Tensor, arithmetic: tuple[int, int | None, bool], eps: float = 1e-6
-) -> affine.Quantized:
+def modulate_reference(x_BLC: torch.Tensor, scale_BC: torch.Tensor, shift_BC: torch.Tensor, form: CodeFormat, eps: float = 1e-6) -> affine.Quantized:
     """The same in plain torch, slow and obvious."""
     y = F.layer_norm(x_BLC.float(), x_BLC.shape[2:], eps=eps) * (1 + scale_BC.float()[:, None]) + shift_BC.float()[:, None]
-    return affine.quantize(y.flatten(0, 1), *arithmetic)
+    found = affine.quantize(y.flatten(0, 1), form.num_bits, form.group_size, form.symmetric)
+    return found._replace(codes=(found.codes.int() - 128).to(torch.int8)) if form.shifted else found
 
 
 @torch.library.custom_op("dite_kernels::modulate_activations", mutates_args=())
@@ -51,24 +47,25 @@ def modulate_activations(
     group = affine.group_width(columns, group_size or None)
     groups = outputs[1].shape[1]
     tile_groups, tile_columns = triton.next_power_of_2(groups), triton.next_power_of_2(group)
-    _modulate[(x.shape[0] * tokens,)](
-        x,
-        scale,
-        shift,
-        *outputs,
-        tokens,
-        columns,
-        group,
-        groups,
-        eps,
-        LEVELS=2**num_bits - 1,
-        SYMMETRIC=symmetric,
-        SHIFT=128 if shifted else 0,
-        GROUPS=tile_groups,
-        COLUMNS=tile_columns,
-        num_warps=warps(tile_groups * tile_columns),
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _modulate[(x.shape[0] * tokens,)](
+            x,
+            scale,
+            shift,
+            *outputs,
+            tokens,
+            columns,
+            group,
+            groups,
+            eps,
+            LEVELS=2**num_bits - 1,
+            SYMMETRIC=symmetric,
+            SHIFT=128 if shifted else 0,
+            GROUPS=tile_groups,
+            COLUMNS=tile_columns,
+            num_warps=warps(tile_groups * tile_columns),
+            enable_fp_fusion=False,
+        )
     return outputs
 
 

@@ -52,7 +52,7 @@ def launch(tokens: int, out_features: int, depth: int, one_group: bool) -> Launc
 
 
 def linear(x: affine.Quantized, weight: TritonWeight, bias: torch.Tensor | None, spec: LinearSpec, dtype: torch.dtype) -> torch.Tensor:
-    """y [M, N] in `dtype` from shifted activation codes int8 [M, K] with their scale and zero point [M, 1 or G] (`quantize(..., shifted=True)`)."""
+    """y [M, N] in `dtype` from shifted activation codes int8 [M, K] with their scale and zero point [M, 1 or G] (see `CodeFormat.for_product`)."""
     width = affine.group_width(spec.in_features, spec.group_size)
     if width > reference.MAX_GROUP:
         raise ValueError(f"a group of {width} columns can overflow int32; use groups of at most {reference.MAX_GROUP}")
@@ -91,36 +91,37 @@ def integer_linear(
     x_sums = _sum_groups(x_codes, groups, group) if zero is not None and not packs_nibbles else None
     chosen = launch(tokens, out_features, depth, groups == 1)
     grid = (triton.cdiv(tokens, chosen.tokens) * triton.cdiv(out_features, chosen.out_features),)
-    _product[grid](
-        x_codes,
-        x_scale,
-        x_zero,
-        x_sums,
-        qdata,
-        scale,
-        sums,
-        zero,
-        bias,
-        y,
-        tokens,
-        out_features,
-        columns,
-        group,
-        GROUPS=groups,
-        STEPS=padded // step,
-        NIBBLES=packs_nibbles,
-        PER_GROUP=x_scale.shape[1] > 1,
-        ADJUSTS=adjusts,
-        MASKS=group % step != 0 or columns % group != 0,
-        FAST_BYTES=packs_nibbles and not interpreted(),
-        UNROLL=padded // step <= UNROLLED,
-        N_TILE=chosen.out_features,
-        M_TILE=chosen.tokens,
-        DEPTH=depth,
-        num_warps=chosen.warps,
-        num_stages=chosen.stages,
-        enable_fp_fusion=True,  # one instruction an output and group; said here because the default differs between versions
-    )
+    with torch.cuda.device_of(x_codes):  # Triton launches on the current device
+        _product[grid](
+            x_codes,
+            x_scale,
+            x_zero,
+            x_sums,
+            qdata,
+            scale,
+            sums,
+            zero,
+            bias,
+            y,
+            tokens,
+            out_features,
+            columns,
+            group,
+            GROUPS=groups,
+            STEPS=padded // step,
+            NIBBLES=packs_nibbles,
+            PER_GROUP=x_scale.shape[1] > 1,
+            ADJUSTS=adjusts,
+            MASKS=group % step != 0 or columns % group != 0,
+            FAST_BYTES=packs_nibbles and not interpreted(),
+            UNROLL=padded // step <= UNROLLED,
+            N_TILE=chosen.out_features,
+            M_TILE=chosen.tokens,
+            DEPTH=depth,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+            enable_fp_fusion=True,  # one instruction an output and group; said here because the default differs between versions
+        )
     return y
 
 
@@ -135,18 +136,19 @@ def _sum_groups(x_codes: torch.Tensor, groups: int, group: int) -> torch.Tensor:
     x_sums = torch.empty(groups, tokens, dtype=torch.int32, device=x_codes.device)
     tile = max(16, min(256, triton.next_power_of_2(group)))
     grid = (triton.cdiv(tokens, TOKENS_OF_A_SUM), groups)
-    _sums[grid](
-        x_codes,
-        x_sums,
-        tokens,
-        columns,
-        group,
-        TILES=triton.cdiv(group, tile),
-        TOKENS=TOKENS_OF_A_SUM,
-        TILE=tile,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(x_codes):  # Triton launches on the current device
+        _sums[grid](
+            x_codes,
+            x_sums,
+            tokens,
+            columns,
+            group,
+            TILES=triton.cdiv(group, tile),
+            TOKENS=TOKENS_OF_A_SUM,
+            TILE=tile,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
     return x_sums
 
 

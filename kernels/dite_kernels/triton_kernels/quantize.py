@@ -5,11 +5,14 @@ The codes are those of `affine.quantize`, bit for bit. A program takes some toke
 Shape letters: M tokens, K columns, G groups.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from dite_kernels import affine, hadamard
+from dite_kernels.quant_tensor import LinearSpec
 from dite_kernels.triton_kernels import interpreted
 from dite_kernels.triton_kernels.rotation import WIDEST, Transform, tables, tile_width
 from dite_kernels.triton_kernels.rounding import scale_and_zero, to_codes, whole, widen
@@ -19,18 +22,31 @@ PLAIN_TILE = 1024  # columns; a thread's share is then 8 to 32 values
 MOST_VALUES = 4096  # of a tile, over all its tokens
 
 
-def quantize(
-    x_MK: torch.Tensor, num_bits: int, group_size: int | None, symmetric: bool, transform: Transform | None = None, shifted: bool = False
-) -> affine.Quantized:
+@dataclass(frozen=True)
+class CodeFormat:
+    """How activations are rounded: `affine.quantize`'s arguments. `shifted` gives int8 codes, 128 less, as the integer product wants them."""
+
+    num_bits: int
+    group_size: int | None = None
+    symmetric: bool = False
+    shifted: bool = False
+
+    @classmethod
+    def for_product(cls, spec: LinearSpec) -> "CodeFormat":
+        """What the integer product of `spec` takes."""
+        return cls(spec.activation_bits, spec.activation_group_size, spec.activation_symmetric, shifted=True)
+
+
+def quantize(x_MK: torch.Tensor, form: CodeFormat, transform: Transform | None = None) -> affine.Quantized:
     """`affine.quantize` of transformed activations: codes [M, K], scale fp32 [M, G], zero_point uint8 [M, G].
 
-    `shifted` gives int8 codes, 128 less, as the integer product wants them. The smooth scale rounds once to x's dtype, the rotation not at all.
+    The smooth scale rounds once to x's dtype, the rotation not at all.
     """
     transform = transform or Transform()
-    if transform.block and not _rotates_here(x_MK, group_size, transform.block):
+    if transform.block and not _rotates_here(x_MK, form.group_size, transform.block):
         x_MK = x_MK if transform.smooth is None else x_MK * transform.smooth.to(x_MK.dtype)
         x_MK, transform = hadamard.rotate(x_MK.float(), transform.block, transform.sign), Transform()
-    arguments = (num_bits, group_size or 0, symmetric, transform.multiplier(), transform.block, shifted)
+    arguments = (form.num_bits, form.group_size or 0, form.symmetric, transform.multiplier(), transform.block, form.shifted)
     return affine.Quantized(*quantize_activations(x_MK.contiguous(), *arguments))
 
 
@@ -57,32 +73,33 @@ def quantize_activations(
     tokens = _tokens(rows, tile, bool(block))
     matrices, column_scales = tables(columns, block, x.dtype, x.device) if block else (None, None)
     spans = triton.cdiv(columns, tile) if subgroups > 1 else scale.shape[1]
-    _quantize[(triton.cdiv(rows, tokens), spans)](
-        x,
-        codes,
-        scale,
-        zero,
-        multiplier,
-        matrices,
-        column_scales,
-        rows,
-        columns,
-        group,
-        scale.shape[1],
-        LEVELS=2**num_bits - 1,
-        SYMMETRIC=symmetric,
-        SHIFT=128 if shifted else 0,
-        SUBGROUPS=subgroups,
-        # Known at compile time: there are few shapes in a model, and Triton's interpreter can't loop to a number that numpy holds.
-        TILES=1 if subgroups > 1 else triton.cdiv(group, tile),
-        RAGGED=bool(block) and columns % tile != 0,
-        # The interpreter's products don't know bf16; elsewhere ±1 costs no precision in any dtype.
-        WIDE_PRODUCT=interpreted(),
-        TOKENS=tokens,
-        TILE=tile,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _quantize[(triton.cdiv(rows, tokens), spans)](
+            x,
+            codes,
+            scale,
+            zero,
+            multiplier,
+            matrices,
+            column_scales,
+            rows,
+            columns,
+            group,
+            scale.shape[1],
+            LEVELS=2**num_bits - 1,
+            SYMMETRIC=symmetric,
+            SHIFT=128 if shifted else 0,
+            SUBGROUPS=subgroups,
+            # Known at compile time: there are few shapes in a model, and Triton's interpreter can't loop to a number that numpy holds.
+            TILES=1 if subgroups > 1 else triton.cdiv(group, tile),
+            RAGGED=bool(block) and columns % tile != 0,
+            # The interpreter's products don't know bf16; elsewhere ±1 costs no precision in any dtype.
+            WIDE_PRODUCT=interpreted(),
+            TOKENS=tokens,
+            TILE=tile,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
     return codes, scale, zero
 
 
@@ -116,7 +133,7 @@ def _tokens(rows: int, tile: int, rotates: bool) -> int:
     return max(1, min(MOST_VALUES // tile, triton.next_power_of_2(rows), 16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _quantize(
     x_ptr,
     codes_ptr,

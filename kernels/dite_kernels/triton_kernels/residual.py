@@ -54,9 +54,10 @@ def encode_residual(x: torch.Tensor, ref: torch.Tensor, codes: torch.Tensor, sca
     """The operator behind `encode_`."""
     total = scale.numel()
     if total:
-        _encode[(triton.cdiv(total, GROUPS),)](
-            x, ref, codes, scale, x.shape[-1], scale.shape[-1], total, BITS=bits, GROUPS=GROUPS, num_warps=WARPS, enable_fp_fusion=False
-        )
+        with torch.cuda.device_of(ref):  # Triton launches on the current device
+            _encode[(triton.cdiv(total, GROUPS),)](
+                x, ref, codes, scale, x.shape[-1], scale.shape[-1], total, BITS=bits, GROUPS=GROUPS, num_warps=WARPS, enable_fp_fusion=False
+            )
 
 
 @torch.library.custom_op("dite_kernels::decode_residual", mutates_args=("ref",))
@@ -64,9 +65,10 @@ def decode_residual(ref: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor,
     """The operator behind `decode_add_`."""
     total = scale.numel()
     if total:
-        _decode[(triton.cdiv(total, GROUPS),)](
-            ref, codes, scale, ref.shape[-1], scale.shape[-1], total, BITS=bits, GROUPS=GROUPS, num_warps=WARPS, enable_fp_fusion=False
-        )
+        with torch.cuda.device_of(ref):  # Triton launches on the current device
+            _decode[(triton.cdiv(total, GROUPS),)](
+                ref, codes, scale, ref.shape[-1], scale.shape[-1], total, BITS=bits, GROUPS=GROUPS, num_warps=WARPS, enable_fp_fusion=False
+            )
 
 
 @encode_residual.register_fake

@@ -5,6 +5,7 @@ import torch
 
 from dite_kernels.affine import Quantized
 from dite_kernels.triton_kernels.modulate import MOST_COLUMNS, modulate, modulate_activations, modulate_reference
+from dite_kernels.triton_kernels.quantize import CodeFormat
 
 SHAPES = [(2, 3, 1152, 128), (1, 1, 17, None), (2, 5, 96, 48), (3, 2, 300, 16), (1, 2, 3072, None)]
 
@@ -15,7 +16,7 @@ def inputs(batch, tokens, columns, dtype=torch.float32):
 
 
 def run(device, parts, *arithmetic) -> Quantized:
-    return Quantized(*(part.cpu() for part in modulate(*(part.to(device) for part in parts), arithmetic)))
+    return Quantized(*(part.cpu() for part in modulate(*(part.to(device) for part in parts), CodeFormat(*arithmetic))))
 
 
 def agree(found: Quantized, expected: Quantized) -> bool:
@@ -30,13 +31,13 @@ def agree(found: Quantized, expected: Quantized) -> bool:
 def test_codes_are_the_reference_s_or_their_neighbours(device, batch, tokens, columns, group_size, dtype):
     parts = inputs(batch, tokens, columns, dtype)
     for bits, symmetric in ((8, False), (4, True)):
-        assert agree(run(device, parts, bits, group_size, symmetric), modulate_reference(*parts, (bits, group_size, symmetric)))
+        assert agree(run(device, parts, bits, group_size, symmetric), modulate_reference(*parts, CodeFormat(bits, group_size, symmetric)))
 
 
 def test_a_constant_token_gives_its_shift(device):
     x, scale, shift = inputs(1, 2, 64)
     x[:] = 5.0
-    assert agree(run(device, (x, scale, shift), 8, 16, False), modulate_reference(x, scale, shift, (8, 16, False)))
+    assert agree(run(device, (x, scale, shift), 8, 16, False), modulate_reference(x, scale, shift, CodeFormat(8, 16)))
 
 
 def test_a_token_that_is_not_finite_spoils_only_itself(device):
@@ -47,10 +48,16 @@ def test_a_token_that_is_not_finite_spoils_only_itself(device):
     assert found.scale[spoilt].isnan().all() and found.scale[[0, 2, 3, 4]].isfinite().all()
 
 
+def test_shifted_codes_are_128_less(device):
+    parts = inputs(2, 3, 96)
+    plain, shifted = run(device, parts, 8, 32, False), run(device, parts, 8, 32, False, True)
+    assert shifted.codes.dtype == torch.int8 and torch.equal(shifted.codes.int() + 128, plain.codes.int())
+
+
 def test_a_token_too_long_for_one_program_is_refused():
     parts = (torch.empty(1, 1, MOST_COLUMNS + 1), torch.empty(1, MOST_COLUMNS + 1), torch.empty(1, MOST_COLUMNS + 1))
     with pytest.raises(ValueError, match="too long"):
-        modulate(*parts, (8, None, False))
+        modulate(*parts, CodeFormat(8))
 
 
 def test_torch_knows_the_operator_s_outputs_without_running_it(device):

@@ -8,7 +8,7 @@ import torch
 from dite_kernels import affine, reference
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
 from dite_kernels.triton_kernels import product
-from dite_kernels.triton_kernels.quantize import quantize
+from dite_kernels.triton_kernels.quantize import CodeFormat, quantize
 from dite_kernels.triton_kernels.weight import prepare
 
 # tokens, in features, out features, group size
@@ -44,7 +44,7 @@ def moved(weight, device):
 
 
 def run(device, x, packed, bias, spec, dtype=torch.float32):
-    codes = quantize(x.to(device), spec.activation_bits, spec.activation_group_size, spec.activation_symmetric, shifted=True)
+    codes = quantize(x.to(device), CodeFormat.for_product(spec))
     bias = None if bias is None else bias.to(device)
     return product.linear(codes, moved(prepare(packed, spec), device), bias, spec, dtype).cpu()
 
@@ -138,7 +138,7 @@ def test_a_group_that_could_overflow_is_refused(device):
 def test_torch_knows_the_operator_s_output_without_running_it(device):
     spec, packed, x, bias = build((5, 96, 7, 32), (8, False))
     weight = moved(prepare(packed, spec), device)
-    codes = quantize(x.to(device), 8, None, False, shifted=True)
+    codes = quantize(x.to(device), CodeFormat.for_product(spec))
     parts = (weight.qdata, weight.scale, weight.sums, weight.zero, bias.to(device))
     arguments = (*codes, *parts, 32, weight.packs_nibbles, weight.depth, True, torch.float16)
     checks = torch.library.opcheck(product.integer_linear, arguments, test_utils=("test_schema", "test_faketensor"))
