@@ -109,7 +109,10 @@ PRODUCTS = {
     "W8A8 in groups of 128": (4096, 1152, 1152, 8, 128),
     "W8A8 symmetric by rows": (4096, 1152, 1152, 8, None, True),
     "W8A8 per token and group": (4096, 1152, 1152, 8, 128, True, True),
+    "W4A8 in groups of 512 per token and group": (4096, 3072, 3072, 4, 512, False, True),
     "W8A8 in groups of 32": (4096, 1152, 1152, 8, 32),
+    "W8A8 in groups of 256": (4096, 3072, 3072, 8, 256),
+    "W8A8 ragged rows, 33 tokens": (33, 1160, 1152, 8, None),
     "W6A8 ragged": (4096, 1160, 1152, 6, 48),
 }
 OTHERS = {
@@ -120,6 +123,7 @@ OTHERS = {
     "rotate and quantize groups": lambda: rotate(1152, 128, 128),
     "rotate and quantize ragged tokens": lambda: rotate(1160, None, 64),
     "modulate tokens": lambda: modulate(half(2, 256, 1152), half(2, 1152), half(2, 1152), CodeFormat(8)),
+    "modulate the longest tokens": lambda: modulate(half(1, 2, 16384), half(1, 16384), half(1, 16384), CodeFormat(8, 64)),
     "modulate groups": lambda: modulate(half(2, 256, 3072), half(2, 3072), half(2, 3072), CodeFormat(8, 128)),
 }
 CODECS = {f"{call.__name__} {kind}": (call, kind) for kind in codec.BITS for call in (encode, decode)}

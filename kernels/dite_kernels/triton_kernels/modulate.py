@@ -17,13 +17,14 @@ from dite_kernels import affine
 from dite_kernels.triton_kernels.quantize import CodeFormat, like_quantized
 from dite_kernels.triton_kernels.rounding import scale_and_zero, to_codes, whole, widen
 
-MOST_COLUMNS = 32768  # of a token that one program can hold
+MOST_VALUES = 16384  # of a token, groups padded to powers of two: what the registers of one program hold
 
 
 def modulate(x_BLC: torch.Tensor, scale_BC: torch.Tensor, shift_BC: torch.Tensor, form: CodeFormat, eps: float = 1e-6) -> affine.Quantized:
     """Codes uint8 [B·L, C], scale fp32 and zero_point uint8 [B·L, G]. int8 codes if `form` says shifted."""
-    if x_BLC.shape[2] > MOST_COLUMNS:
-        raise ValueError(f"a token of {x_BLC.shape[2]} columns is too long to modulate in one pass; the most is {MOST_COLUMNS}")
+    groups, group = _tile(x_BLC.shape[2], form.group_size)
+    if groups * group > MOST_VALUES:
+        raise ValueError(f"a token of {groups} groups of {group} (padded) is too long to modulate in one pass; the most is {MOST_VALUES} values")
     contiguous = (part.contiguous() for part in (x_BLC, scale_BC, shift_BC))
     return affine.Quantized(*modulate_activations(*contiguous, form.num_bits, form.group_size or 0, form.symmetric, eps, form.shifted))
 
@@ -46,7 +47,7 @@ def modulate_activations(
         return outputs
     group = affine.group_width(columns, group_size or None)
     groups = outputs[1].shape[1]
-    tile_groups, tile_columns = triton.next_power_of_2(groups), triton.next_power_of_2(group)
+    tile_groups, tile_columns = _tile(columns, group_size or None)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _modulate[(x.shape[0] * tokens,)](
             x,
@@ -72,6 +73,11 @@ def modulate_activations(
 @modulate_activations.register_fake
 def _(x, scale, shift, num_bits, group_size, symmetric, eps, shifted):
     return like_quantized(x.flatten(0, 1), group_size, shifted)
+
+
+def _tile(columns: int, group_size: int | None) -> tuple[int, int]:
+    groups, group = affine.group_count(columns, group_size), affine.group_width(columns, group_size)
+    return triton.next_power_of_2(groups), triton.next_power_of_2(group)
 
 
 def warps(values: int) -> int:

@@ -22,10 +22,11 @@ import triton.language as tl
 from dite_kernels import affine, reference
 from dite_kernels.quant_tensor import LinearSpec
 from dite_kernels.triton_kernels import interpreted
-from dite_kernels.triton_kernels.weight import MOST_DEPTH, TritonWeight
+from dite_kernels.triton_kernels.weight import TritonWeight
 
 UNROLLED = 2  # steps of a group up to which a group is one iteration, so that loads run ahead across groups
-TOKENS_OF_A_SUM = 64
+TOKENS_OF_A_SUM = 16
+SHARED_BYTES = 96 << 10  # of one program: what the smallest of the newer cards have (8.6, 8.9), and two programs on the larger
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,19 @@ class Launch:
 
 
 @lru_cache(maxsize=1024)
-def launch(tokens: int, out_features: int, depth: int, one_group: bool) -> Launch:
-    """The launch for a shape. Chosen by reasoning about registers and shared memory; it awaits measurement on a card.
+def launch(tokens: int, out_features: int, columns_ahead: int, nibbles: bool, one_group: bool) -> Launch:
+    """The launch for a shape; `columns_ahead` are read in one iteration. Chosen by reasoning about registers; it awaits measurement on a card.
 
-    A tile keeps int32 sums and, with several groups, fp32 ones beside them. 64 × 64 values a warp group of each fit its registers.
+    A tile keeps int32 sums and, with several groups, fp32 ones beside them: 32 values of each a thread leave room for everything else.
     """
     if tokens <= 16:
-        return Launch(64, 16, 4, 4)
-    if tokens <= 64 or out_features <= 64:
-        return Launch(64, max(32, min(64, triton.next_power_of_2(tokens))), 4, 4)
-    return Launch(128, 128 if one_group else 64, 8, 3 if depth == MOST_DEPTH else 4)
+        rows, columns, warps = 64, 16, 4
+    elif tokens <= 64 or out_features <= 64:
+        rows, columns, warps = 64, 32 if tokens <= 32 else 64, 8
+    else:
+        rows, columns, warps = 128, 128 if one_group else 64, 8
+    bytes_ahead = columns_ahead * (rows // 2 if nibbles else rows) + columns_ahead * columns
+    return Launch(rows, columns, warps, max(2, min(4, SHARED_BYTES // bytes_ahead)))
 
 
 def linear(x: affine.Quantized, weight: TritonWeight, bias: torch.Tensor | None, spec: LinearSpec, dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +93,9 @@ def integer_linear(
     padded = qdata.shape[1] * (2 if packs_nibbles else 1) // groups
     # Only int8 codes can still have a zero point to account for; 4-bit ones lose it in registers.
     x_sums = _sum_groups(x_codes, groups, group) if zero is not None and not packs_nibbles else None
-    chosen = launch(tokens, out_features, depth, groups == 1)
+    steps = padded // step
+    unrolls = steps <= UNROLLED
+    chosen = launch(tokens, out_features, step * steps if unrolls else step, packs_nibbles, groups == 1)
     grid = (triton.cdiv(tokens, chosen.tokens) * triton.cdiv(out_features, chosen.out_features),)
     with torch.cuda.device_of(x_codes):  # Triton launches on the current device
         _product[grid](
@@ -108,13 +114,13 @@ def integer_linear(
             columns,
             group,
             GROUPS=groups,
-            STEPS=padded // step,
+            STEPS=steps,
             NIBBLES=packs_nibbles,
             PER_GROUP=x_scale.shape[1] > 1,
             ADJUSTS=adjusts,
             MASKS=group % step != 0 or columns % group != 0,
             FAST_BYTES=packs_nibbles and not interpreted(),
-            UNROLL=padded // step <= UNROLLED,
+            UNROLL=unrolls,
             N_TILE=chosen.out_features,
             M_TILE=chosen.tokens,
             DEPTH=depth,

@@ -18,8 +18,7 @@ from dite_kernels.triton_kernels.rotation import WIDEST, Transform, tables, tile
 from dite_kernels.triton_kernels.rounding import scale_and_zero, to_codes, whole, widen
 
 SHORT_TILE = 128  # columns of a tile that holds several groups
-PLAIN_TILE = 1024  # columns; a thread's share is then 8 to 32 values
-MOST_VALUES = 4096  # of a tile, over all its tokens
+MOST_VALUES = 2048  # of a tile, over all its tokens: 16 a thread
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,13 @@ def _is_power_of_two(number: int) -> bool:
 
 
 def _plain_tile(group: int) -> int:
+    """Columns of a tile without a rotation: the most that pad a group by less than an eighth."""
     if _is_power_of_two(group) and group < SHORT_TILE:
         return SHORT_TILE
-    return min(PLAIN_TILE, triton.next_power_of_2(group))
+    for tile in (1024, 512, 256):
+        if -group % tile * 8 < group:
+            return tile
+    return min(SHORT_TILE, triton.next_power_of_2(group))
 
 
 def _tokens(rows: int, tile: int, rotates: bool) -> int:

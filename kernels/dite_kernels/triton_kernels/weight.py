@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from dite_kernels import affine
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor
 
-LEAST_GROUP_OF_NIBBLES = 64  # two products of the least depth that int8 has on the matrix unit (32)
-MOST_DEPTH = 128
+LEAST_DEPTH = 32  # columns that one product of int8 needs on the matrix unit
+LEAST_GROUP_OF_NIBBLES = 2 * LEAST_DEPTH
+MOST_COLUMNS = 128  # of a group that a program reads at once
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def prepare(weight: QuantTensor, spec: LinearSpec) -> TritonWeight:
 
 def _depth(width: int, tiles: int) -> int:
     """The deepest product (columns) for a group of `width` that is read `tiles` at a time: one that pads by less than an eighth, else the least."""
-    for depth in (MOST_DEPTH, MOST_DEPTH // 2):
-        if -width % (depth * tiles) * 8 < width:
-            return depth
-    return 32
+    for columns in (MOST_COLUMNS, MOST_COLUMNS // 2):
+        if -width % columns * 8 < width:
+            return max(LEAST_DEPTH, columns // tiles)
+    return LEAST_DEPTH

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dite_kernels.affine import Quantized
-from dite_kernels.triton_kernels.modulate import MOST_COLUMNS, modulate, modulate_activations, modulate_reference
+from dite_kernels.triton_kernels.modulate import MOST_VALUES, modulate, modulate_activations, modulate_reference
 from dite_kernels.triton_kernels.quantize import CodeFormat
 
 SHAPES = [(2, 3, 1152, 128), (1, 1, 17, None), (2, 5, 96, 48), (3, 2, 300, 16), (1, 2, 3072, None)]
@@ -55,7 +55,7 @@ def test_shifted_codes_are_128_less(device):
 
 
 def test_a_token_too_long_for_one_program_is_refused():
-    parts = (torch.empty(1, 1, MOST_COLUMNS + 1), torch.empty(1, MOST_COLUMNS + 1), torch.empty(1, MOST_COLUMNS + 1))
+    parts = (torch.empty(1, 1, MOST_VALUES + 1), torch.empty(1, MOST_VALUES + 1), torch.empty(1, MOST_VALUES + 1))
     with pytest.raises(ValueError, match="too long"):
         modulate(*parts, CodeFormat(8))
 
