@@ -123,7 +123,7 @@ OTHERS = {
     "rotate and quantize groups": lambda: rotate(1152, 128, 128),
     "rotate and quantize ragged tokens": lambda: rotate(1160, None, 64),
     "modulate tokens": lambda: modulate(half(2, 256, 1152), half(2, 1152), half(2, 1152), CodeFormat(8)),
-    "modulate the longest tokens": lambda: modulate(half(1, 2, 16384), half(1, 16384), half(1, 16384), CodeFormat(8, 64)),
+    "modulate long tokens": lambda: modulate(half(1, 2, 8192), half(1, 8192), half(1, 8192), CodeFormat(8, 64)),
     "modulate groups": lambda: modulate(half(2, 256, 3072), half(2, 3072), half(2, 3072), CodeFormat(8, 128)),
 }
 CODECS = {f"{call.__name__} {kind}": (call, kind) for kind in codec.BITS for call in (encode, decode)}

@@ -17,7 +17,7 @@ from dite_kernels import affine
 from dite_kernels.triton_kernels.quantize import CodeFormat, like_quantized
 from dite_kernels.triton_kernels.rounding import scale_and_zero, to_codes, whole, widen
 
-MOST_VALUES = 16384  # of a token, groups padded to powers of two: what the registers of one program hold
+MOST_VALUES = 16384  # of a token, groups padded to powers of two: at twice that, registers spill (by Triton 3.9, a few already do)
 
 
 def modulate(x_BLC: torch.Tensor, scale_BC: torch.Tensor, shift_BC: torch.Tensor, form: CodeFormat, eps: float = 1e-6) -> affine.Quantized:
