@@ -10,6 +10,7 @@ PIP_ARGS ?=
 VENV     ?= .venv
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.installed
+GATES    := $(VENV)/.triton-installed
 RUFF     := $(BIN)/ruff check --output-format concise .
 SHELL    := /bin/bash
 
@@ -29,6 +30,11 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[eval,dev]" -c constraints.txt
 	@touch $@
 
+# For the tests that compile and interpret the GPU kernels. torch for CUDA brings its own triton; builds for CPUs come without.
+$(GATES): $(READY)
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(PIP_ARGS) triton==3.6.0
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/dite quantize $(MODEL) --recipe w4a8 -o $(SMALL) --overwrite
 	$(BIN)/dite generate $(SMALL) -n 10 --seed 0 --compare $(MODEL) -o demo/pictures --overwrite
@@ -39,7 +45,7 @@ demo: $(READY)
 	@echo "  demo/report/report.html     what it cost, in numbers"
 
 # Both run, whatever ruff says. The status of pytest is kept for .ci/run: make itself turns every failure into 2.
-test: $(READY)
+test: $(READY) $(GATES)
 	@rm -f $(VENV)/.pytest-status
 	@$(RUFF); lint=$$?; $(BIN)/python -m pytest; tests=$$?; echo $$tests > $(VENV)/.pytest-status; exit $$((tests ? tests : lint))
 

@@ -7,6 +7,7 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 import dite
@@ -94,7 +95,7 @@ def _table(document: dict) -> Group:
     backends = _columns()
     for backend in document["backends"]:
         backends.add_row(
-            f"[{'green' if backend['ok'] else 'dim'}]{backend['name']}[/]", ("yes" if backend["ok"] else "no") + f": {backend['reason']}"
+            f"[{'green' if backend['ok'] else 'dim'}]{backend['name']}[/]", ("yes" if backend["ok"] else "no") + escape(f": {backend['reason']}")
         )
     return Group(facts, "", "[bold]packages[/bold]", packages, "", "[bold]kernel backends[/bold]", backends)
 

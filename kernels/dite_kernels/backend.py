@@ -41,6 +41,10 @@ class Backend(ABC):
         """Why this backend can't run on this machine at all, or None."""
         return None
 
+    def describe(self) -> str:
+        """What it is, on this machine."""
+        return self.summary
+
     def refusal(self, spec: LinearSpec, device: torch.device) -> str | None:
         """Why this backend can't run `spec` on `device`, or None."""
         return None

@@ -15,6 +15,7 @@ from dite_kernels import dense, int_mm, reference
 from dite_kernels.backend import Backend, InputTransform
 from dite_kernels.cpu.backend import Cpu
 from dite_kernels.quant_tensor import LinearSpec
+from dite_kernels.triton_kernels.backend import Triton
 
 __all__ = ["BACKENDS", "Backend", "BackendUnavailable", "InputTransform", "describe", "select"]
 
@@ -75,6 +76,7 @@ BACKENDS = {
         IntMM("int_mm", "torch's int8 matrix product, one call a group; weight-only layers run as expanded"),
         Expanded("expanded", "weights unpacked once to the model's dtype, then one matrix product"),
         Dequantize("dequantize", "weights unpacked at each call, then one matrix product; smallest memory"),
+        Triton("triton", "integer products in groups on NVIDIA cards, 4-bit weights too; not yet timed on any, so never chosen unasked"),
     )
 }
 
@@ -88,8 +90,8 @@ def select(spec: LinearSpec, device: torch.device, name: str | None = None) -> B
         if device.type != "cpu":
             return BACKENDS["dequantize"]
         return BACKENDS["expanded" if BACKENDS["cpu"].refusal(spec, device) else "cpu"]
-    if name == "int_mm" and spec.activation_bits is None:
-        return BACKENDS["expanded"]  # float activations have no integer product; every recipe has such layers
+    if name in ("int_mm", "triton") and spec.activation_bits is None:  # floats have no integer product, and every recipe has such layers
+        return BACKENDS["expanded" if device.type == "cpu" else "dequantize"]
     reason = BACKENDS[name].refusal(spec, device)
     if reason:
         raise BackendUnavailable(f"backend {name} can't run this layer: {reason}; use auto, or one of {', '.join(BACKENDS)}")
@@ -99,4 +101,4 @@ def select(spec: LinearSpec, device: torch.device, name: str | None = None) -> B
 def describe() -> list[dict[str, Any]]:
     """One row a backend for `dite doctor`: name, ok, reason."""
     found = {backend: backend.unavailable() for backend in BACKENDS.values()}
-    return [{"name": backend.name, "ok": why is None, "reason": why or backend.summary} for backend, why in found.items()]
+    return [{"name": backend.name, "ok": why is None, "reason": why or backend.describe()} for backend, why in found.items()]

@@ -29,6 +29,9 @@ class Cpu(Backend):
             return str(error)
         return None
 
+    def describe(self):
+        return f"{self.summary}; compiled here for {build.library().level}"
+
     def refusal(self, spec, device):
         if device.type != "cpu":
             return f"it runs on CPUs, the layer is on {device.type}"

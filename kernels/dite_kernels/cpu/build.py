@@ -41,6 +41,7 @@ class Unavailable(RuntimeError):
 def library() -> ctypes.CDLL:
     """The loaded library, at the best level that works here. Raises Unavailable."""
     reasons = []
+    compiler()
     for level in levels():
         try:
             return _load(level)
