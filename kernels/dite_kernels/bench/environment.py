@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16", "sve")
-VARIABLES = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "DITE_BACKEND", "TRITON_INTERPRET")
+VARIABLES = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "DITE_BACKEND", "DITE_CPU_ISA", "TRITON_INTERPRET")
 
 
 def environment() -> dict[str, Any]:
