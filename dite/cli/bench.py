@@ -71,8 +71,7 @@ def linear(
     try:
         for parse, text in ((cases.Shape.parse, flags["shapes"]), (cases.Scheme.parse, flags["schemes"])):
             [parse(word) for word in cases.names(text)]  # before torch is loaded
-        from dite_kernels.bench.document import table
-        from dite_kernels.bench.linear import Options, bench_linear
+        from dite_kernels.bench.linear import Options, bench_linear, table
 
         chosen = Options.parse(**flags, budget=_budget(rounds, seconds, threads), device=_device(device))
         with progress(no_progress) as tick:

@@ -5,7 +5,8 @@
     vendor        what torch's own libraries do on the same shape: the baseline, and the ceilings
     linear        quantized linears of every backend
     environment   what the numbers depend on besides
-    document      the JSON, and the table that people read
+    document      the JSON, and columns that people read
 
-A bench is a module with `NAME`, `HELP`, `add_options(parser)` and `run(arguments, progress)`, which returns a document; `__main__` lists them.
+A bench is a module with `NAME`, `HELP`, `add_options(parser)`, `run(arguments, progress)`, which returns a document, and
+`table(document)` for people; `__main__` lists them.
 """

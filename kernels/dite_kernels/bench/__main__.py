@@ -10,7 +10,7 @@ import torch
 
 from dite_kernels.bench import linear
 from dite_kernels.bench.cases import UnknownCase
-from dite_kernels.bench.document import table, write
+from dite_kernels.bench.document import write
 
 BENCHES = (linear,)
 
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UnknownCase as error:
         parser.error(str(error))  # exits with 2
     document = {"command": shlex.join(["python", "-m", "dite_kernels.bench", *words]), **document}
-    print(table(document), file=sys.stderr)
+    print(chosen.bench.table(document), file=sys.stderr)
     if chosen.out:
         write(document, chosen.out)
     else:
