@@ -1,4 +1,4 @@
-"""`dite bench linear | forward`: how fast quantized linears and whole forwards are here, against bf16, as data."""
+"""`dite bench linear | forward | codec`: how fast quantized linears, whole forwards and residual codecs are here, as data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from dite.recipe import load_recipe
 if TYPE_CHECKING:
     from dite_kernels.bench.timing import Budget
 
-app = typer.Typer(help="Measure speed: quantized linears (linear), or whole forwards of a transformer (forward).", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure speed: quantized linears (linear), whole forwards of a transformer (forward), or codecs of residuals (codec).", no_args_is_help=True
+)
 
 
 class Size(StrEnum):
@@ -33,7 +35,9 @@ Backends = Annotated[str, typer.Option("--backends", metavar="NAME,...", help="B
 Rounds = Annotated[
     int | None, typer.Option("--rounds", help="Rounds to time, exactly; otherwise as many as fit into --seconds.", min=1, show_default=False)
 ]
-Seconds = Annotated[float, typer.Option("--seconds", help="Measured time: for each shape of `linear`, for all of `forward`.", min=0.0)]
+Seconds = Annotated[
+    float, typer.Option("--seconds", help="Measured time: for each shape of `linear`, for each codec of `codec`, for all of `forward`.", min=0.0)
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads of torch on the CPU; as torch has it unless given.", min=1, show_default=False)
 ]
@@ -71,15 +75,13 @@ def linear(
     try:
         for parse, text in ((cases.Shape.parse, flags["shapes"]), (cases.Scheme.parse, flags["schemes"])):
             [parse(word) for word in cases.names(text)]  # before torch is loaded
-        from dite_kernels.bench.document import table
-        from dite_kernels.bench.linear import Options, bench_linear
+        from dite_kernels.bench.linear import Options, bench_linear, table
 
         chosen = Options.parse(**flags, budget=_budget(rounds, seconds, threads), device=_device(device))
         with progress(no_progress) as tick:
             document = bench_linear(chosen, progress=tick)
     except cases.UnknownCase as error:
-        what, _, why = str(error).partition("; ")
-        raise UsageError(what, why, "`dite bench linear --help` lists what it takes") from error
+        raise _refused("linear", error) from error
     again = {**flags, "rounds": rounds, "seconds": seconds, "threads": threads, "device": device}
     return _answer(document, _again(["linear"], again), output, table(document))
 
@@ -128,6 +130,50 @@ def forward(
     again = flags | {"batch-size": batch_size, "rounds": rounds, "seconds": seconds, "threads": threads, "device": device}
     document = {"model": model or size.value, "batch_size": batch_size} | document
     return _answer(document, _again(words, again), output, _table(document))
+
+
+@app.command()
+def codec(
+    codecs: Annotated[
+        str | None, typer.Option("--codecs", metavar="NAME,...", help="int8, int4, int2, int1; all unless given.", show_default=False)
+    ] = None,
+    backends: Annotated[str, typer.Option("--backends", metavar="NAME,...", help="reference or triton; all unless given.", show_default=False)] = "",
+    elements: Annotated[
+        int | None,
+        typer.Option(
+            "--elements", metavar="N", help="Elements to compress, in whole rows of 1152; a million unless given, more on a card.", show_default=False
+        ),
+    ] = None,
+    rounds: Rounds = None,
+    seconds: Seconds = 20.0,
+    threads: Threads = None,
+    device: options.Device = "cpu",
+    output: Output = None,
+    json: options.Json = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> Answer:
+    """Time the codecs of residuals, both ways, side by side with a plain copy of the activations."""
+    from dite_kernels.bench import cases
+
+    _check_output(output)
+    flags = {"codecs": codecs or cases.DEFAULT_CODECS, "backends": backends, "elements": elements}
+    try:
+        cases.codec_names(flags["codecs"])  # before torch is loaded
+        from dite_kernels.bench.codec import Options, bench_codec, table
+
+        chosen = Options.parse(**flags, budget=_budget(rounds, seconds, threads), device=_device(device))
+        with progress(no_progress) as tick:
+            document = bench_codec(chosen, progress=tick)
+    except cases.UnknownCase as error:
+        raise _refused("codec", error) from error
+    again = {**flags, "rounds": rounds, "seconds": seconds, "threads": threads, "device": device}
+    return _answer(document, _again(["codec"], again), output, table(document))
+
+
+def _refused(bench: str, error: Exception) -> UsageError:
+    what, _, why = str(error).partition("; ")
+    return UsageError(what, why, f"`dite bench {bench} --help` lists what it takes")
 
 
 def _random(size: str, tokens: int | None, layers: int | None, device: str) -> Any:

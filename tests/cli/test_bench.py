@@ -20,6 +20,7 @@ def clock(call):
 def made_up_clocks(monkeypatch):
     monkeypatch.setattr("dite_kernels.bench.linear.kernel_clock", lambda device: clock)
     monkeypatch.setattr("dite_kernels.bench.linear.machine", lambda device, clock: {})
+    monkeypatch.setattr("dite_kernels.bench.codec.kernel_clock", lambda device: clock)
     monkeypatch.setattr("dite_evals.speed.wall_clock", lambda device: clock)
 
 
@@ -73,6 +74,45 @@ def test_linear_refuses_what_is_not_there(linear, arguments, message):
 def test_an_output_that_is_a_folder_is_refused_before_anything_is_measured(linear, tmp_path):
     outcome = linear("-o", tmp_path)
     assert outcome.code == 2 and "is a folder" in outcome.err
+
+
+@pytest.fixture
+def codec(run):
+    def call(*arguments):
+        return run("bench", "codec", "--codecs", "int4", "--backends", "reference", "--elements", 1, "--rounds", 1, *arguments)
+
+    return call
+
+
+def test_codec_prints_one_document_with_the_fixed_keys(codec):
+    document = codec("--json").document
+    assert {"environment", "command", "rows", "notes"} <= document.keys()
+    assert [(row["codec"], row["direction"], row["backend"]) for row in document["rows"]] == [
+        ("int4", "encode", "reference"),
+        ("int4", "decode", "reference"),
+    ]
+    assert all(row["elements"] == 1152 and row["ratio_to_memcpy"] == 1.0 and row["ns_per_element"]["p50"] > 0 for row in document["rows"])
+
+
+def test_codec_says_how_to_measure_the_same_again_and_shows_people_a_table(codec):
+    outcome = codec()
+    assert outcome.code == 0 and "ns/el" in outcome.out and "above 1 is faster" in outcome.out
+    again = "dite bench codec --codecs int4 --backends reference --elements 1 --rounds 1 --seconds 20.0 --device cpu"
+    assert codec("--json").document["command"] == again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--codecs", "int3"), "no codec 'int3'"),
+        (("--backends", "turbo"), "no backend 'turbo'"),
+        (("--elements", "0"), "0 elements"),
+        (("--device", "tpu"), "unknown device"),
+    ],
+)
+def test_codec_refuses_what_is_not_there(codec, arguments, message):
+    outcome = codec(*arguments)
+    assert outcome.code == 2 and message in outcome.err and outcome.out == ""
 
 
 def test_forward_times_a_model_in_bf16_and_by_recipe(run, model_folder):

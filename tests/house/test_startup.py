@@ -29,6 +29,7 @@ def test_import_dite_loads_nothing_heavy(root):
         ["eval", "--help"],
         ["bench", "--help"],
         ["bench", "linear", "--shapes", "4x4"],
+        ["bench", "codec", "--codecs", "int3"],
         ["recipes"],
         ["quantize", "m", "-o", "x", "--recipe", "w4a9"],
     ],

@@ -1,4 +1,4 @@
-"""`python -m dite_kernels.bench linear`: JSON on stdout (or in --out), a table on stderr. Needs torch only."""
+"""`python -m dite_kernels.bench linear | codec`: JSON on stdout (or in --out), a table on stderr. Needs torch only."""
 
 import argparse
 import json
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from dite_kernels.bench import linear
+from dite_kernels.bench import codec, linear
 from dite_kernels.bench.cases import UnknownCase
-from dite_kernels.bench.document import table, write
+from dite_kernels.bench.document import write
 
-BENCHES = (linear,)
+BENCHES = (linear, codec)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UnknownCase as error:
         parser.error(str(error))  # exits with 2
     document = {"command": shlex.join(["python", "-m", "dite_kernels.bench", *words]), **document}
-    print(table(document), file=sys.stderr)
+    print(chosen.bench.table(document), file=sys.stderr)
     if chosen.out:
         write(document, chosen.out)
     else:
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(bench.NAME, help=bench.HELP, description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         bench.add_options(command)
         command.add_argument("--rounds", type=_positive, help="exactly so many; otherwise as many as fit into --seconds")
-        command.add_argument("--seconds", type=float, default=20.0, help="measured time for each shape (default %(default)s)")
+        command.add_argument("--seconds", type=float, default=20.0, help="measured time for each shape or codec (default %(default)s)")
         command.add_argument("--threads", type=_positive, help="threads of torch on the CPU; as torch has it unless given")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default here: %(default)s)")
         command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there and not to stdout")

@@ -1,6 +1,7 @@
-"""What is measured: shapes and schemes as a user writes them. Imports no torch, so that a typing mistake is answered at once.
+"""What is measured: shapes, schemes and codecs as a user writes them. Imports no torch, so that a typing mistake is answered at once.
 
     shape    MxKxN: tokens × in features × out features, as 256x1152x4608
+    codec    int8, int4, int2 or int1
     scheme   w4a8, w8a8-g64, w8a8-channel, w4a8-group: bits, then the weight's groups (128 unless said), then whether activations have a scale a
              token, or one a (token, group); a16 leaves activations as they are
 
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 WIDTHS = ((1152, 1152), (1152, 4608), (4608, 1152))  # K × N of DiT-XL/2's token linears
 TOKENS = (256, 1024)
 MOST_FEATURES = 2**20
+MOST_ELEMENTS = 2**28
+CODECS = ("int8", "int4", "int2", "int1")
 _SHAPE = re.compile(r"(\d+)[x×](\d+)[x×](\d+)")
 _SCHEME = re.compile(r"w(4|6|8)a(4|8|16)(?:-(?:g(\d+)|(channel)))?(?:-(token|group))?")
 
 
 class UnknownCase(ValueError):
-    """A shape, a scheme, a backend or a device that can't be measured; the message says what can."""
+    """A shape, a scheme, a codec, a backend or a device that can't be measured; the message says what can."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Scheme:
 
 DEFAULT_SHAPES = ",".join(f"{m}x{k}x{n}" for m in TOKENS for k, n in WIDTHS)
 DEFAULT_SCHEMES = "w4a8,w8a8,w4a8-g64,w8a8-channel,w4a8-group,w8a8-group"
+DEFAULT_CODECS = ",".join(CODECS)
 
 
 def names(text: str) -> list[str]:
@@ -91,3 +95,18 @@ def names(text: str) -> list[str]:
     ['w4a8', 'w8a8']
     """
     return list(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
+
+
+def codec_names(text: str) -> list[str]:
+    """The codecs of a comma-separated list, each once. Raises UnknownCase.
+
+    >>> codec_names("int4,int1")
+    ['int4', 'int1']
+    """
+    found = names(text)
+    unknown = next((name for name in found if name not in CODECS), None)
+    if unknown is not None:
+        raise UnknownCase(f"no codec {unknown!r}; there are {', '.join(CODECS)}")
+    if not found:
+        raise UnknownCase(f"nothing to measure; give at least one of {', '.join(CODECS)}")
+    return found

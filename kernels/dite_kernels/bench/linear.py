@@ -5,7 +5,6 @@ beforehand. A candidate whose first rows are not the exact reference's has no ti
 """
 
 import argparse
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,8 @@ import torch
 
 from dite_kernels import backends, reference
 from dite_kernels.bench.cases import DEFAULT_SCHEMES, DEFAULT_SHAPES, Scheme, Shape, UnknownCase, names
-from dite_kernels.bench.environment import environment
+from dite_kernels.bench.document import aligned, reason
+from dite_kernels.bench.environment import chosen_device, environment
 from dite_kernels.bench.timing import Budget, Clock, Progress, Timing, interleave, kernel_clock
 from dite_kernels.bench.vendor import Candidate, Inputs, baseline, ceilings, facts, machine
 from dite_kernels.quant_tensor import LinearSpec, QuantTensor, quantize_weight
@@ -26,6 +26,7 @@ ORACLE = "reference"  # exact and slow: measured only when it is asked for
 CHECKED_ROWS = 16
 WORST_ERROR = 0.02  # ‖y − reference‖ ÷ ‖reference‖; one rounding of everything to bf16 leaves about 0.004
 WARM_UP_CALLS = 2
+HEADINGS = ("shape", "op", "backend", "scheme", "p20 µs", "p50 µs", "p80 µs", "ratio", "TFLOP/s", "GB/s")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Options:
 
 def bench_linear(options: Options, clock: Clock | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Measure, and return the document: environment, machine, rows, and notes on what could not be measured. Raises UnknownCase."""
-    wanted, device = _backends(options.backends), _device(options.device)
+    wanted, device = _backends(options.backends), chosen_device(options.device)
     clock = clock or kernel_clock(device)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -60,6 +61,12 @@ def bench_linear(options: Options, clock: Clock | None = None, progress: Progres
             if progress:
                 progress("shapes", done + 1, len(options.shapes))
     return {"environment": environment(), "machine": limits, "rows": rows, "notes": list(dict.fromkeys(notes))}
+
+
+def table(document: dict[str, Any]) -> str:
+    """All rows in aligned columns, then the notes."""
+    baselines = sorted({row["baseline"] for row in document["rows"]})
+    return aligned([HEADINGS, *map(_cells, document["rows"])], 4, f"ratio: to {', '.join(baselines)}; above 1 is faster", document["notes"])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +116,7 @@ def quantized(inputs: Inputs, scheme: Scheme, wanted: list[str], notes: list[str
                 raise backends.BackendUnavailable(f"runs as {backend.name}")
             call = partial(backend.linear, inputs.x, backend.prepare(weight, spec, inputs.x.dtype), inputs.bias, spec)
         except Exception as error:  # a compiler, a driver, an allocator: the other backends can still be measured
-            notes.append(f"{what}: {_first_line(error)}")
+            notes.append(f"{what}: {reason(error)}")
             continue
         candidate = Candidate(facts("linear", name, inputs.sizes, bits) | groups, call, size)
         y = _warm(candidate, what, notes)
@@ -143,7 +150,7 @@ def _warm(candidate: Candidate, what: str, notes: list[str]) -> torch.Tensor | N
             y = candidate.call()
         return y
     except Exception as error:  # as above; on CUDA torch refuses some shapes only when called
-        notes.append(f"{what}: {_first_line(error)}")
+        notes.append(f"{what}: {reason(error)}")
         return None
 
 
@@ -161,15 +168,19 @@ def _backends(wanted: list[str]) -> list[str]:
     return wanted or [name for name in backends.BACKENDS if name != ORACLE]
 
 
-def _device(name: str) -> torch.device:
-    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
-        raise UnknownCase(f"no device {name!r}; there are cpu, cuda and cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UnknownCase(f"no device {name!r}; torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
+def _cells(row: dict[str, Any]) -> list[str]:
+    """One row as people read it, under HEADINGS."""
+    times = [f"{row['us'][name]:.1f}" for name in ("p20", "p50", "p80")]
+    rates = [f"{row[name]:.2f}" if name in row else "" for name in ("tflop_per_s", "gb_per_s")]
+    return ["×".join(map(str, row["shape"])), row["op"], row["backend"], _scheme(row), *times, f"{row['ratio_to_baseline']:.2f}", *rates]
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines and isinstance(error, backends.BackendUnavailable) else f"failed, {type(error).__name__}: {lines[0] if lines else ''}"
+def _scheme(row: dict[str, Any]) -> str:
+    """Bits and granularity of a row in one word.
+
+    >>> _scheme({"weight_bits": 4, "activation_bits": 8, "group_size": 64, "activation_granularity": "group"})
+    'w4a8 g64, per group'
+    """
+    bits = "bf16" if row["weight_bits"] == 16 else f"w{row['weight_bits']}a{row['activation_bits'] or 16}"
+    group = f" g{row['group_size']}" if row["group_size"] else ""
+    return f"{bits}{group}, per group" if row["activation_granularity"] == "group" else bits + group

@@ -13,6 +13,20 @@ LEAST_CAPABILITY = (8, 0)
 BREAK_EVEN_TOKENS = 64
 
 
+def missing(device: torch.device) -> str | None:
+    """What kernels of this package lack to run on `device`; None if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'dite[triton]'"
+    if device.type == "cpu":
+        return None if interpreted() else "it needs an NVIDIA card (TRITON_INTERPRET=1 runs it on a CPU, for tests)"
+    if device.type != "cuda" or torch.version.hip:
+        return f"it needs an NVIDIA card, and this device is {device.type}{' (ROCm)' if torch.version.hip else ''}"
+    found = torch.cuda.get_device_capability(device)
+    if found < LEAST_CAPABILITY:
+        return f"it needs compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Ampere) or newer; this card has {found[0]}.{found[1]}"
+    return None
+
+
 class Triton(Backend):
     """Integer products in groups on NVIDIA's matrix units, of 4-bit weights too."""
 
@@ -27,16 +41,7 @@ class Triton(Backend):
         width = affine.group_width(spec.in_features, spec.group_size)
         if width > reference.MAX_GROUP:
             return f"a group of {width} columns can overflow int32; the most is {reference.MAX_GROUP}"
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; pip install 'dite[triton]'"
-        if device.type == "cpu":
-            return None if interpreted() else "it needs an NVIDIA card (TRITON_INTERPRET=1 runs it on a CPU, for tests)"
-        if device.type != "cuda" or torch.version.hip:
-            return f"it needs an NVIDIA card, and this device is {device.type}{' (ROCm)' if torch.version.hip else ''}"
-        found = torch.cuda.get_device_capability(device)
-        if found < LEAST_CAPABILITY:
-            return f"it needs compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Ampere) or newer; this card has {found[0]}.{found[1]}"
-        return None
+        return missing(device)
 
     def prepare(self, weight, spec, dtype):
         from dite_kernels.triton_kernels.weight import prepare

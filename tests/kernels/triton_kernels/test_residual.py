@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dite_kernels import codec
+from dite_kernels.bench import codec as bench
 from dite_kernels.triton_kernels import residual
 
 SHAPES = [(3, 200), (1, 1), (2, 5, 64), (7, 63), (40, 130)]
@@ -85,3 +86,9 @@ def test_torch_knows_what_the_operators_change(device):
     for operator, arguments in ((residual.encode_residual, (x, ref, *payload, 4)), (residual.decode_residual, (ref, *payload, 4))):
         checks = torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
         assert set(checks.values()) == {"SUCCESS"}
+
+
+def test_the_bench_has_a_time_for_each_kernel(device):
+    signals, notes = [part.float() for part in bench.random_signals(2 * bench.WIDTH, torch.device(device))], []
+    found = [candidate.facts for kind in codec.BITS for candidate in bench.candidates(kind, signals, {"triton": residual}, notes)]
+    assert [(facts["codec"], facts["direction"]) for facts in found] == [(kind, way) for kind in codec.BITS for way in ("encode", "decode")], notes
