@@ -1,6 +1,7 @@
 """Carry out a recipe that calibrates: sample, then choose for each layer, or search for all of them together."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan
 from dite.recipe import QuantRecipe
 from dite.sampling import class_ids, takes_classes
+from dite_kernels import backends
 
 HALF = (torch.bfloat16, torch.float16)
 COARSE, FINE, SHORT_STEPS = 4, 8, 8  # trajectories of single layers and of whole plans, and their steps
@@ -148,6 +150,7 @@ def _header(model: Any, recipe: QuantRecipe) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": str(pipe.device),
+        "backend": f"{os.environ.get('DITE_BACKEND', 'auto')} {backends.BACKENDS['cpu'].unavailable() or backends.BACKENDS['cpu'].describe()}",
     }
 
 

@@ -29,7 +29,7 @@ FACTS = "facts"
 def holds_work(folder: Path) -> bool:
     """Whether a run left anything in `folder` that it would take time to repeat."""
     fitness = folder / FITNESS
-    return (folder / CALLS).exists() or (fitness.exists() and fitness.stat().st_size > 0)
+    return (folder / CALLS).exists() or (folder / LAYERS).exists() or (fitness.exists() and fitness.stat().st_size > 0)
 
 
 class Journal:
@@ -77,6 +77,7 @@ class Journal:
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, {FACTS: json.dumps(facts)})
+        _sync(partial)
         os.replace(partial, path)
 
     def layer(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -149,6 +150,7 @@ def write_calls(calls: dict[str, Calls], path: Path) -> None:
     except TypeError:
         return  # a call holds something that JSON can't: it will be recorded again
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, partial, {"structure": text})
+    _sync(partial)
     os.replace(partial, path)
 
 
@@ -170,6 +172,11 @@ def read_calls(path: Path) -> dict[str, Calls]:
             return value
 
         return {name: Calls(filled(parts["calibration"]), filled(parts["held_out"])) for name, parts in structure.items()}
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _write_synced(path: Path, text: str) -> None:

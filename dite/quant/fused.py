@@ -6,6 +6,8 @@ there are fewer of. Where the fused form can't run (another device, gradients, h
 Imported only when diffusers is there already: a model that has such modules has brought it.
 """
 
+import os
+
 import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import BasicTransformerBlock
@@ -23,6 +25,19 @@ def fuse_(module: nn.Module) -> None:
         module.__class__ = fused
 
 
+def by_its_parents_name(fused: type) -> type:
+    """Some of diffusers' options (device maps, caches) find modules by the name or the registration of their class."""
+    fused.__name__ = fused.__bases__[0].__name__  # pickles go by __qualname__
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+        TransformerBlockRegistry.register(fused, TransformerBlockRegistry.get(fused.__bases__[0]))
+    except (ImportError, AttributeError, ValueError):  # no registry in this version, or the parent is not in it
+        pass
+    return fused
+
+
+@by_its_parents_name
 class FusedGELU(GELU):
     """A linear and its GELU in one call, while that linear is quantized and nobody listens in between."""
 
@@ -37,6 +52,7 @@ class FusedGELU(GELU):
         return super().forward(hidden_states)
 
 
+@by_its_parents_name
 class FusedAdaLayerNormZero(AdaLayerNormZero):
     """LayerNorm, scale and shift in one pass."""
 
@@ -46,7 +62,7 @@ class FusedAdaLayerNormZero(AdaLayerNormZero):
         return _plain(module.norm)
 
     def forward(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
-        if listened_to(self.norm):
+        if listened_to(self.norm) or runs_elsewhere(self):
             return super().forward(x, timestep, class_labels, hidden_dtype, emb)
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
@@ -54,6 +70,7 @@ class FusedAdaLayerNormZero(AdaLayerNormZero):
         return (modulate(self.norm, x, scale, shift), *others)
 
 
+@by_its_parents_name
 class FusedBlock(BasicTransformerBlock):
     """A DiT block: self-attention and feed-forward, each after adaLN and gated."""
 
@@ -64,12 +81,28 @@ class FusedBlock(BasicTransformerBlock):
             return False
         return _plain(module.norm3) and module.pos_embed is None and module._chunk_size is None
 
-    def forward(self, hidden_states, attention_mask=None, *others, timestep=None, class_labels=None, cross_attention_kwargs=None, **more):
-        if others or cross_attention_kwargs or hidden_states.ndim != 3 or self._chunk_size is not None or listened_to(self.norm3):
-            more |= {"timestep": timestep, "class_labels": class_labels, "cross_attention_kwargs": cross_attention_kwargs}
-            return super().forward(hidden_states, attention_mask, *others, **more)
-        dtype = hidden_states.dtype
-        x, gate_attention, shift, scale, gate = self.norm1(hidden_states, timestep, class_labels, hidden_dtype=dtype)
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        timestep=None,
+        cross_attention_kwargs=None,
+        class_labels=None,
+        added_cond_kwargs=None,
+    ):
+        if (
+            encoder_hidden_states is not None
+            or cross_attention_kwargs
+            or hidden_states.ndim != 3
+            or self._chunk_size
+            or listened_to(self.norm3)
+            or runs_elsewhere(self)
+        ):
+            given = (encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
+            return super().forward(hidden_states, attention_mask, *given)
+        x, gate_attention, shift, scale, gate = self.norm1(hidden_states, timestep, class_labels, hidden_dtype=hidden_states.dtype)
         hidden_states = add_gated(hidden_states, gate_attention, self.attn1(x, attention_mask=attention_mask))
         return add_gated(hidden_states, gate, self.ff(modulate(self.norm3, hidden_states, scale, shift)))
 
@@ -86,8 +119,18 @@ def add_gated(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Ten
     return gate[:, None] * y + x if fused is None else fused
 
 
+def runs_elsewhere(module: nn.Module) -> bool:
+    """Whether the first quantized linear in `module` was told to run on another backend than these passes are of: then all of it does."""
+    layer = next((part for part in module.modules() if isinstance(part, QuantLinear)), None)
+    asked = layer.backend if layer is not None and layer.backend != "auto" else os.environ.get("DITE_BACKEND") or "auto"
+    return layer is None or asked not in ("auto", "cpu")
+
+
 def listened_to(module: nn.Module) -> bool:
     """Whether hooks want to see what goes in or comes out."""
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 

@@ -9,6 +9,7 @@ Codes don't train. Gradients pass to the input, whatever the backend, as if acti
     ∂L/∂x = ∂L/∂y · Ŵ        Ŵ the dequantized weight; exact for weight-only layers
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ class QuantLinear(nn.Linear):
         self.spec = linear_spec(in_features, out_features, scheme)
         self.backend = "auto"
         self._prepared: Prepared | None = None
+        self._lock = threading.RLock()  # codes change hands between the layer and a backend
         self._sign: torch.Tensor | None = None
         bits, groups = scheme.weight.num_bits, self.spec.groups
         self._dtype = dtype or torch.get_default_dtype()
@@ -121,7 +123,8 @@ class QuantLinear(nn.Linear):
 
     @property
     def qdata(self) -> torch.Tensor:
-        """The packed codes, uint8 [N, packed K]."""
+        """The packed codes, uint8 [N, packed K]: a copy while a backend holds them, when `buffers()` has an empty one on the meta device. Assign
+        `tensor` to change them."""
         return self.tensor.qdata
 
     @property
@@ -134,14 +137,16 @@ class QuantLinear(nn.Linear):
         """The packed weight."""
         if "qdata" not in self._buffers:
             raise AttributeError("qdata")  # while the layer is being built
-        if self._holds_codes:
-            return self._prepared.backend.restore(self._prepared.weight, self.spec)
-        return QuantTensor(self._buffers["qdata"], self.scale, self.zero_point)
+        with self._lock:
+            if self._holds_codes:
+                return self._prepared.backend.restore(self._prepared.weight, self.spec)
+            return QuantTensor(self._buffers["qdata"], self.scale, self.zero_point)
 
     @tensor.setter
     def tensor(self, value: QuantTensor) -> None:
-        self._prepared = None
-        self._buffers["qdata"], self.scale, self.zero_point = value.qdata, value.scale, value.zero_point
+        with self._lock:
+            self._prepared = None
+            self._buffers["qdata"], self.scale, self.zero_point = value.qdata, value.scale, value.zero_point
 
     def validate_parts(self) -> None:
         """Raise ValueError unless smooth scales are positive, and no larger than any dtype holds, and low-rank factors are floats."""
@@ -179,9 +184,10 @@ class QuantLinear(nn.Linear):
     def forward_gelu(self, x: torch.Tensor) -> torch.Tensor:
         """gelu(forward(x)), by its tanh approximation; in one pass, and rounded to x's dtype once, where the backend can."""
         alone = self.lowrank_up is None and not (torch.is_grad_enabled() and x.requires_grad)
-        if not alone or not self._prepare(x).backend.gelus:
+        rows = x.reshape(-1, self.in_features)
+        if not alone or not self._prepare(rows).backend.gelus:
             return F.gelu(self(x), approximate="tanh")
-        return self._linear(x.reshape(-1, self.in_features), gelu=True).reshape(*x.shape[:-1], self.out_features)
+        return self._linear(rows, gelu=True).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         weight, activation = self.scheme.weight, self.scheme.activation
@@ -200,23 +206,40 @@ class QuantLinear(nn.Linear):
             y = y + F.linear(F.linear(x_MK, self.lowrank_down.to(x_MK.dtype)), self.lowrank_up.to(x_MK.dtype))
         return y
 
-    def _prepare(self, x: torch.Tensor) -> "Prepared":
-        key = (self.backend, x.dtype, x.device, id(self._buffers["qdata"]), id(self.scale), id(self.zero_point))
-        if self._prepared is None or self._prepared.key != key:
+    def _prepare(self, x_MK: torch.Tensor) -> "Prepared":
+        ready = self._ready(x_MK)
+        if ready is not None:
+            return ready
+        with self._lock:
+            ready = self._ready(x_MK)
+            if ready is not None:  # another thread was quicker
+                return ready
             self.unprepare()
-            backend = select_backend(self.spec, x.device, self.backend)
-            weight = backend.prepare(self.tensor, self.spec, x.dtype)
-            if backend.holds_codes:
-                self._buffers["qdata"] = self._buffers["qdata"].to("meta")
-                key = (*key[:3], id(self._buffers["qdata"]), *key[4:])
-            self._prepared = Prepared(key, backend, weight, self._input_transform() if backend.transforms and self.lowrank_up is None else None)
-        return self._prepared
+            backend = select_backend(self.spec, x_MK.device, self.backend, len(x_MK))
+            weight = backend.prepare(self.tensor, self.spec, x_MK.dtype)
+            transform = self._input_transform() if backend.transforms and self.lowrank_up is None else None
+            codes = self._buffers["qdata"]
+            kept = codes.to("meta") if backend.holds_codes else codes
+            ready = Prepared(self._key(x_MK, backend, kept), backend, weight, transform)
+            self._prepared, self._buffers["qdata"] = ready, kept  # last of all: whatever is raised before loses nothing
+        return ready
+
+    def _ready(self, x_MK: torch.Tensor) -> "Prepared | None":
+        ready = self._prepared
+        return ready if ready is not None and ready.key == self._key(x_MK, ready.backend) else None
+
+    def _key(self, x_MK: torch.Tensor, backend: backends.Backend, qdata: torch.Tensor | None = None) -> tuple:
+        """What a prepared weight depends on."""
+        buffers = (qdata if qdata is not None else self._buffers["qdata"], self.scale, self.zero_point, self.smooth)
+        dtype = None if backend.holds_codes else x_MK.dtype
+        return (self.backend, dtype, x_MK.device, backends.many_floats(self.spec, len(x_MK)), *map(id, buffers))
 
     def unprepare(self) -> None:
         """Forget what a backend has prepared; the next call prepares anew."""
-        if self._holds_codes:
-            self._buffers["qdata"] = self.qdata
-        self._prepared = None
+        with self._lock:
+            if self._holds_codes:
+                self._buffers["qdata"] = self.qdata
+            self._prepared = None
 
     @property
     def _holds_codes(self) -> bool:
@@ -228,12 +251,17 @@ class QuantLinear(nn.Linear):
         if transform.kind == "none":
             return None
         smooth = None if self.smooth is None else self.smooth.float().contiguous()
-        sign = self._signs(torch.empty(0, device=self.scale.device)) if transform.rotates else None
+        sign = self._signs(torch.empty(0, dtype=torch.float32, device=self.scale.device)) if transform.rotates else None
         return backends.InputTransform(smooth, sign, transform.block if transform.rotates else None)
 
     def __getstate__(self):
-        self.unprepare()  # copies and pickles prepare their own
-        return self.__dict__ | {"_sign": None}
+        with self._lock:  # copies and pickles prepare their own, and have their own buffers
+            self.unprepare()
+            return self.__dict__ | {"_sign": None, "_lock": None, "_buffers": self._buffers.copy()}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._lock = threading.RLock()
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x, self.scheme.transform.block, self._signs(x))
@@ -257,8 +285,9 @@ class QuantLinear(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "qdata"] = self.qdata
+        with self._lock:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[prefix + "qdata"] = self.qdata
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.unprepare()
@@ -297,10 +326,10 @@ def linear_spec(in_features: int, out_features: int, scheme: LayerScheme) -> Lin
     )
 
 
-def select_backend(spec: LinearSpec, device: torch.device, name: str) -> backends.Backend:
+def select_backend(spec: LinearSpec, device: torch.device, name: str, tokens: int | None = None) -> backends.Backend:
     """`dite_kernels.backends.select` with our own error."""
     try:
-        return backends.select(spec, device, None if name == "auto" else name)
+        return backends.select(spec, device, None if name == "auto" else name, tokens)
     except backends.BackendUnavailable as error:
         raise UnsupportedEnvironment("the backend can't run this model here", str(error), "see `dite doctor`, or leave backend at auto") from error
 

@@ -13,11 +13,11 @@ import torch
 
 from dite_kernels import dense, int_mm, reference
 from dite_kernels.backend import Backend, InputTransform
-from dite_kernels.cpu.backend import Cpu
+from dite_kernels.cpu.backend import FEW_TOKENS, Cpu
 from dite_kernels.quant_tensor import LinearSpec
 from dite_kernels.triton_kernels.backend import Triton
 
-__all__ = ["BACKENDS", "Backend", "BackendUnavailable", "InputTransform", "describe", "select"]
+__all__ = ["BACKENDS", "Backend", "BackendUnavailable", "InputTransform", "describe", "many_floats", "select"]
 
 
 class BackendUnavailable(RuntimeError):
@@ -81,21 +81,29 @@ BACKENDS = {
 }
 
 
-def select(spec: LinearSpec, device: torch.device, name: str | None = None) -> Backend:
-    """The backend for `spec` on `device`: `name`, else DITE_BACKEND, else auto's choice. Raises BackendUnavailable."""
+def select(spec: LinearSpec, device: torch.device, name: str | None = None, tokens: int | None = None) -> Backend:
+    """The backend for `spec` on `device`: `name`, else DITE_BACKEND, else auto's choice, which may depend on how many `tokens` there are at a time.
+
+    Raises BackendUnavailable.
+    """
     name = name or os.environ.get("DITE_BACKEND") or "auto"
     if name not in ("auto", *BACKENDS):
         raise BackendUnavailable(f"no backend named {name}; use auto, {', '.join(BACKENDS)}")
     if name == "auto":
         if device.type != "cpu":
             return BACKENDS["dequantize"]
-        return BACKENDS["expanded" if BACKENDS["cpu"].refusal(spec, device) else "cpu"]
+        return BACKENDS["expanded" if many_floats(spec, tokens) or BACKENDS["cpu"].refusal(spec, device) else "cpu"]
     if name in ("int_mm", "triton") and spec.activation_bits is None:  # floats have no integer product, and every recipe has such layers
         return BACKENDS["expanded" if device.type == "cpu" else "dequantize"]
     reason = BACKENDS[name].refusal(spec, device)
     if reason:
         raise BackendUnavailable(f"backend {name} can't run this layer: {reason}; use auto, or one of {', '.join(BACKENDS)}")
     return BACKENDS[name]
+
+
+def many_floats(spec: LinearSpec, tokens: int | None) -> bool:
+    """Whether a weight-only layer sees so many tokens that a float product on a weight unpacked beforehand is many times faster."""
+    return spec.activation_bits is None and (tokens or 0) > FEW_TOKENS
 
 
 def describe() -> list[dict[str, Any]]:

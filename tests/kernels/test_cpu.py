@@ -39,12 +39,12 @@ def level(request, monkeypatch):
     if request.param not in present():
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setenv("DITE_CPU_ISA", request.param)
-    build.library.cache_clear()
+    build.attempt.cache_clear()
     try:
         assert build.library().level == request.param
         yield request.param
     finally:
-        build.library.cache_clear()
+        build.attempt.cache_clear()
 
 
 def random_weight(spec, seed=0):
@@ -182,9 +182,9 @@ def test_packed_four_bit_codes_take_no_more_than_their_share(level):
 def without_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("DITE_CACHE", str(tmp_path))
-    build.library.cache_clear()
+    build.attempt.cache_clear()
     yield
-    build.library.cache_clear()
+    build.attempt.cache_clear()
 
 
 def test_without_a_compiler_the_next_backend_serves_and_says_why(without_compiler):
@@ -210,15 +210,14 @@ def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
     script.chmod(0o755)
     monkeypatch.setenv("CC", str(script))
     monkeypatch.setenv("DITE_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(build.Unavailable, match="out of patience"):
-        build.library.__wrapped__()
+    assert "out of patience" in build.attempt.__wrapped__()
     assert not list((tmp_path / "cache" / "kernels").iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DITE_CACHE", str(tmp_path / "file"))
-    assert build.library.__wrapped__().level == build.levels()[0]
+    assert build.attempt.__wrapped__().level == build.levels()[0]
 
 
 def test_processes_that_start_at_once_compile_one_library(tmp_path):
@@ -234,3 +233,34 @@ def test_processes_that_start_at_once_compile_one_library(tmp_path):
     answers = [process.communicate(timeout=120)[0] for process in started]
     assert all(process.returncode == 0 for process in started) and len(set(answers)) == 1
     assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation_bits", [8, None])
+def test_the_default_dtype_and_device_are_of_no_consequence(dtype, activation_bits):
+    spec = LinearSpec(70, 40, 8, 32, False, activation_bits)
+    weight, x = random_weight(spec), torch.randn(5, 70)
+    expected = run(x, weight, None, spec)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = run(x, weight, None, spec)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_inputs_need_not_lie_in_one_piece():
+    spec = LinearSpec(70, 40, 8, 32, False, 8)
+    weight, x, bias = random_weight(spec), torch.randn(5, 70), torch.randn(40)
+    expected = run(x, weight, bias, spec)
+    spread = torch.stack([bias, torch.zeros(40)], 1)[:, 0]
+    assert torch.equal(run(x.T.contiguous().T, weight, spread, spec), expected) and torch.equal(
+        run(torch._neg_view(-x), weight, bias, spec), expected
+    )
+
+
+def test_tracing_is_refused():
+    spec = LinearSpec(70, 40, 8, 32, False, 8)
+    with pytest.raises(RuntimeError, match="set_backend"):
+        torch.jit.trace(lambda x: run(x, random_weight(spec), None, spec), torch.randn(5, 70))

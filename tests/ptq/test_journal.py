@@ -92,3 +92,10 @@ def test_a_layer_comes_back_as_it_was_and_a_damaged_one_not_at_all(tmp_path, dam
         assert torch.equal(tensors["x"], torch.arange(6).view(2, 3).T) and facts == {"error": None, "short": True}
         damage(tmp_path / "j" / "layers" / "t.a.safetensors")
         assert journal.layer("t.a") is None and journal.layer("t.b") is None
+
+
+def test_a_journal_with_layers_and_no_calls_is_refused_to_another_run(tmp_path):
+    with Journal(tmp_path / "j", HEADER) as journal:
+        journal.keep_layer("t.a", {"x": torch.zeros(1)}, {})
+    with pytest.raises(ResumeConflict, match="model"):
+        Journal(tmp_path / "j", {**HEADER, "model": "other"})

@@ -6,8 +6,10 @@ import pytest
 import torch
 from diffusers.models.activations import GELU
 
+import dite
+from dite.models.families import example_inputs
 from dite.quant.apply import replace_
-from dite.quant.linear import QuantLinear
+from dite.quant.linear import QuantLinear, set_backend
 from dite.quant.scheme import ActivationScheme, LayerScheme, TransformScheme, WeightScheme
 
 SCHEME = LayerScheme(weight=WeightScheme(num_bits=8, group_size=32), activation=ActivationScheme(num_bits=8))
@@ -122,3 +124,33 @@ def test_hooks_inside_a_fused_block_are_called():
         model[0].get_submodule(name).register_forward_hook(lambda *_given, name=name: seen.append(name))
     model[0](**inputs())
     assert seen == ["norm1.norm", "norm1", "attn1", "norm3", "ff"]
+
+
+def test_gradient_checkpointing_works(tiny_pipeline):
+    model = tiny_pipeline.transformer
+    dite.quantize(model, "w8a8", effort="fast")
+    model.enable_gradient_checkpointing()
+    model.train()
+    given = example_inputs(model)
+    given["hidden_states"].requires_grad_()
+    model(**given)[0].sum().backward()
+    assert given["hidden_states"].grad.isfinite().all()
+
+
+def test_hooks_on_all_modules_are_called():
+    model, seen = quantized(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_given: seen.append(type(module).__name__))
+    try:
+        model(torch.randn(3, 64))
+    finally:
+        handle.remove()
+    assert seen == ["QuantLinear", "GELU", "Sequential"]
+
+
+@torch.no_grad()
+def test_the_reference_backend_is_the_reference_throughout(monkeypatch):
+    model = dit_block()
+    quantize_(model)
+    set_backend(model, "reference")
+    monkeypatch.setattr("dite_kernels.cpu.block._call", None)
+    assert model[0](**inputs()).isfinite().all()

@@ -1,4 +1,5 @@
 import copy
+import threading
 
 import pytest
 import torch
@@ -144,3 +145,66 @@ def test_a_layer_without_a_bias_knows_its_dtype_and_device():
     layer = QuantLinear.from_linear(nn.Linear(32, 3, bias=False).half(), W4A8)
     assert layer.weight.dtype == torch.float16 and layer.to(torch.bfloat16).weight.dtype == torch.bfloat16
     assert layer.to("meta").weight.is_meta
+
+
+def held_layer():
+    """A layer whose codes a backend holds, and its codes."""
+    scheme = LayerScheme(weight=WeightScheme(num_bits=4, group_size=32), activation=ActivationScheme(num_bits=8))
+    layer = QuantLinear.from_linear(nn.Linear(64, 48), scheme)
+    codes = layer.qdata.clone()
+    layer(torch.randn(3, 64))
+    if not layer._buffers["qdata"].is_meta:
+        pytest.skip("the CPU kernels can't be compiled here")
+    return layer, codes
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_of_a_layer_whose_codes_are_held_have_their_own(copied):
+    layer, codes = held_layer()
+    x = torch.randn(3, 64)
+    twin = copied(layer)
+    assert torch.equal(twin(x), layer(x)) and torch.equal(twin.qdata, codes) and torch.equal(layer.state_dict()["qdata"], codes)
+
+
+def test_what_is_raised_while_preparing_loses_nothing(monkeypatch):
+    layer, codes = held_layer()
+    layer.unprepare()
+    monkeypatch.setattr(QuantLinear, "_input_transform", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        layer(torch.randn(3, 64))
+    assert torch.equal(layer.qdata, codes)
+
+
+def test_threads_may_call_a_layer_for_the_first_time_at_once():
+    scheme = LayerScheme(weight=WeightScheme(num_bits=4, group_size=32), activation=ActivationScheme(num_bits=8))
+    x, failures = torch.randn(3, 64), []
+    for _ in range(40):
+        layer, barrier = QuantLinear.from_linear(nn.Linear(64, 48), scheme), threading.Barrier(4)
+        codes = layer.qdata.clone()
+
+        def call(layer=layer, barrier=barrier):
+            barrier.wait(timeout=20)
+            failures.extend([] if layer(x).isfinite().all() else ["not finite"])
+
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join(timeout=20) for thread in threads]
+        assert not failures and torch.equal(layer.qdata, codes)
+
+
+def test_new_smooth_scales_are_used_at_once():
+    scheme = LayerScheme.model_validate({"weight": {"num_bits": 8}, "activation": {"num_bits": 8}, "transform": {"kind": "smooth"}})
+    layer, x = QuantLinear.from_linear(nn.Linear(64, 48), scheme, smooth=torch.ones(64)), torch.randn(3, 64)
+    layer(x)
+    layer.smooth = torch.full((64,), 2.0)
+    found = layer(x)
+    layer.backend = "reference"
+    assert (found - layer(x)).norm() < 1e-5 * found.norm()
+
+
+def test_many_tokens_of_a_weight_only_layer_run_on_an_unpacked_weight():
+    layer = QuantLinear.from_linear(nn.Linear(64, 48), LayerScheme(weight=WeightScheme(num_bits=4, group_size=32)))
+    few, many = torch.randn(2, 64), torch.randn(500, 64)
+    layer(many)
+    assert layer._prepared.backend.name == "expanded"
+    torch.testing.assert_close(layer(few), layer(torch.cat([few, many]))[:2], rtol=1e-4, atol=1e-5)

@@ -13,8 +13,10 @@ from dite_kernels.cpu.backend import TYPES
 
 def runs(*tensors: torch.Tensor) -> bool:
     """Whether the kernels here take these: plain tensors of one dtype on the CPU, of which no gradient is wanted."""
+    if torch.jit.is_tracing():
+        return False
     types = {tensor.dtype for tensor in tensors}
-    plain = all(tensor.device.type == "cpu" and not (tensor.requires_grad and torch.is_grad_enabled()) for tensor in tensors)
+    plain = all(tensor.device.type == "cpu" and not tensor.is_neg() and not (tensor.requires_grad and torch.is_grad_enabled()) for tensor in tensors)
     return plain and len(types) == 1 and types <= TYPES.keys() and _present()
 
 

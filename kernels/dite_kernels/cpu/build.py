@@ -6,11 +6,13 @@ of their own and rename it; whoever is last wins, and all files are the same. `D
 OpenMP's runtime is the one that torch has loaded: a second one's threads would fight it for the cores.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -37,17 +39,28 @@ class Unavailable(RuntimeError):
     """The kernels can't be compiled or run here; the message says why."""
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library, at the best level that works here. Raises Unavailable."""
+    """The loaded library, at the best level that works here. Raises Unavailable; tried once only, since a compiler that fails takes its time."""
+    found = attempt()
+    if isinstance(found, str):
+        raise Unavailable(found)
+    return found
+
+
+@functools.cache
+def attempt() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
     reasons = []
-    compiler()
-    for level in levels():
-        try:
-            return _load(level)
-        except Unavailable as error:
-            reasons.append(f"{level}: {error}")
-    raise Unavailable("; ".join(reasons))
+    try:
+        compiler()
+        for level in levels():
+            try:
+                return _load(level)
+            except Unavailable as error:
+                reasons.append(f"{level}: {error}")
+    except Unavailable as error:
+        return str(error)
+    return "; ".join(reasons)
 
 
 def levels() -> list[str]:
@@ -73,12 +86,12 @@ def processor_flags() -> set[str]:
     return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
-def compiler() -> str:
-    """The C compiler: CC, or the first of COMPILERS. Raises Unavailable when there is none."""
-    wanted = [os.environ["CC"]] if os.environ.get("CC") else COMPILERS
-    found = next((path for path in map(shutil.which, wanted) if path), None)
+def compiler() -> list[str]:
+    """The C compiler: CC, which may have options, or the first of COMPILERS. Raises Unavailable when there is none."""
+    wanted = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [[name] for name in COMPILERS]
+    found = next(([path, *options] for name, *options in wanted if (path := shutil.which(name))), None)
     if found is None:
-        raise Unavailable(f"no C compiler ({', '.join(wanted)}) was found; install gcc, or set CC")
+        raise Unavailable(f"no C compiler ({', '.join(name for name, *_ in wanted)}) was found; install gcc, or set CC")
     return found
 
 
@@ -94,7 +107,7 @@ def _load(level: str) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"what {compiler()} made can't be loaded: {error}") from error
+        raise Unavailable(f"what {compiler()[0]} made can't be loaded: {error}") from error
     if loaded.dite_prepare():
         raise Unavailable("the system doesn't let processes use AMX tiles")
     loaded.level = level
@@ -103,19 +116,20 @@ def _load(level: str) -> ctypes.CDLL:
 
 def _compiled(level: str) -> Path:
     """The library's file, compiled unless it is there."""
-    command = [compiler(), *COMMON, *LEVELS[level][1]]
-    digest = hashlib.sha256("\0".join([*command, _version(command[0])]).encode())
+    command = [*compiler(), *COMMON, *LEVELS[level][1]]
+    digest = hashlib.sha256("\0".join([*command, _version(tuple(compiler()))]).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     name = f"dite_cpu_{level}_{digest.hexdigest()[:16]}.so"
-    folder = cache_folder()
-    if (folder / name).is_file():
-        return folder / name
     try:
+        folder = cache_folder()
+        if (folder / name).is_file():
+            return folder / name
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         building = tempfile.TemporaryDirectory(dir=folder, prefix="building_")
-    except OSError:  # a home that can't be written to: compile for this process alone
+    except (OSError, RuntimeError):  # no home, or one that can't be written to: compile for this process alone
         folder = Path(tempfile.mkdtemp(prefix="dite_kernels_"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         building = tempfile.TemporaryDirectory(dir=folder)
     with building:
         _compile(command, Path(building.name) / name)
@@ -131,7 +145,7 @@ def _compile(command: list[str], output: Path) -> None:
         failure = _run([*command, *threads, "-c", str(SOURCES / MAIN), "-o", str(unit)])
         if not failure:
             runtime = threads if not _has_runtime() else []
-            failure = _run([command[0], "-shared", *runtime, "-o", str(output), str(unit), "-lm"])
+            failure = _run([*compiler(), "-shared", *runtime, "-o", str(output), str(unit), "-lm"])
         if not failure:
             return
     raise Unavailable(f"{command[0]} failed: {failure}")
@@ -152,8 +166,8 @@ def _run(command: list[str]) -> str:
 
 
 @functools.cache
-def _version(path: str) -> str:
+def _version(command: tuple[str, ...]) -> str:
     try:
-        return subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+        return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{path} doesn't run: {error}") from error
+        raise Unavailable(f"{command[0]} doesn't run: {error}") from error

@@ -53,23 +53,39 @@ def pack(loaded: ctypes.CDLL, tensor: QuantTensor, spec: LinearSpec) -> Packed:
     offset = 2 ** (spec.weight_bits - 1)
     facts = panels * spec.groups * COLUMNS
     parts = (
-        torch.zeros(facts * padded * bits // 8, dtype=torch.uint8),
-        *(torch.zeros(size) for size in (facts, facts, facts, panels * COLUMNS)),
+        torch.zeros(facts * padded * bits // 8, dtype=torch.uint8, device="cpu"),
+        *(torch.zeros(size, dtype=torch.float32, device="cpu") for size in (facts, facts, facts, panels * COLUMNS)),
     )
     weight = CWeight(
-        spec.out_features, spec.in_features, spec.groups, width, padded, bits, offset, bits == 8 and bool((zeros != offset).any()), *map(_at, parts)
+        spec.out_features,
+        spec.in_features,
+        spec.groups,
+        width,
+        padded,
+        bits,
+        offset,
+        bits == 8 and bool((zeros != offset).any()),
+        *(address(part, part.dtype) for part in parts),
     )
     codes, scale = tensor.codes(spec).contiguous(), tensor.scale.float().contiguous()
-    loaded.dite_pack(ctypes.byref(weight), _at(codes), _at(zeros), _at(scale), torch.get_num_threads())
+    given = address(codes, torch.uint8), address(zeros, torch.uint8), address(scale, torch.float32)
+    loaded.dite_pack(ctypes.byref(weight), *given, torch.get_num_threads())
     return Packed(weight, parts, tensor.scale, tensor.zero_point)
 
 
 def unpack(loaded: ctypes.CDLL, packed: Packed, spec: LinearSpec) -> QuantTensor:
     """The weight that was packed, bit for bit."""
-    codes = torch.empty(spec.out_features, spec.in_features, dtype=torch.uint8)
-    loaded.dite_unpack(ctypes.byref(packed.weight), _at(codes), torch.get_num_threads())
+    codes = torch.empty(spec.out_features, spec.in_features, dtype=torch.uint8, device="cpu")
+    loaded.dite_unpack(ctypes.byref(packed.weight), address(codes, torch.uint8), torch.get_num_threads())
     return QuantTensor(packing.pack(codes, spec.weight_bits), packed.scale, packed.zero_point)
 
 
-def _at(tensor: torch.Tensor) -> ctypes.c_void_p:
+def address(tensor: torch.Tensor | None, dtype: torch.dtype) -> ctypes.c_void_p:
+    """Where the numbers are. Raises ValueError for a tensor that C would misread: there is nobody after this who could notice."""
+    if tensor is None:
+        return ctypes.c_void_p(None)
+    if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.is_neg():
+        raise ValueError(
+            f"the CPU kernels take contiguous {dtype} tensors on the CPU, not {tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
+        )
     return ctypes.c_void_p(tensor.data_ptr())

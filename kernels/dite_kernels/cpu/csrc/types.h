@@ -12,6 +12,7 @@
 
 #pragma once
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -85,13 +86,27 @@ INLINE uint16_t to_bf16(float x) {
 /* x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))), which is x (1 + tanh(...)) / 2 */
 INLINE float gelu(float x) { return x / (1 + expf(-1.5957691216f * (x + 0.044715f * x * x * x))); }
 
-/* A buffer of the calling thread's that grows and is kept: fresh pages would cost as much as a small product. Null when memory runs out. */
+/* A buffer of the calling thread's that grows and is kept until the thread ends: fresh pages would cost as much as a small product. Null when
+   memory runs out. */
 typedef struct { void *memory; size_t size; } Scratch;
 
 static __thread Scratch shared_scratch, own_scratch; /* for all threads of a call, and for each of them */
+static pthread_key_t at_exit;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-INLINE void *reserve(Scratch *scratch, size_t size) {
+static void free_scratch(void *unused) {
+    (void)unused;
+    free(shared_scratch.memory);
+    free(own_scratch.memory);
+    shared_scratch = own_scratch = (Scratch){0, 0};
+}
+
+static void make_key(void) { pthread_key_create(&at_exit, free_scratch); }
+
+static inline void *reserve(Scratch *scratch, size_t size) {
     if (scratch->size < size) {
+        pthread_once(&once, make_key);
+        pthread_setspecific(at_exit, scratch); /* any value but null has the destructor called */
         free(scratch->memory);
         scratch->size = (size + 4095) / 4096 * 4096;
         scratch->memory = aligned_alloc(4096, scratch->size);
