@@ -75,8 +75,8 @@ INLINE __m512i quotient(__m512 x, __m512 scale, __m512 inverse, int ordinary) {
 typedef struct { __m512 scale, inverse; __m512i zero, most; int ordinary, poisoned; } Encoder;
 
 INLINE Encoder encoder(Range range, int levels) {
-    return (Encoder){_mm512_set1_ps(range.scale), _mm512_set1_ps(1 / range.scale), _mm512_set1_epi16((int16_t)range.zero), _mm512_set1_epi8((char)levels),
-                     range.scale > 1e-30f && range.scale < 1e30f, range.scale != range.scale};
+    return (Encoder){_mm512_set1_ps(range.scale), _mm512_set1_ps(1 / range.scale), _mm512_set1_epi16((int16_t)range.zero),
+                     _mm512_set1_epi8((char)levels), range.scale > 1e-30f && range.scale < 1e30f, range.scale != range.scale};
 }
 
 /* 64 codes; of those beyond `left`, zeros. */

@@ -85,8 +85,8 @@ INLINE __m512 bias16(const Target *to, int column) {
 }
 
 /* The last group's share, and the results: sixteen columns of `count` rows. */
-INLINE void finish(const int32_t *acc, const float *sums, int r, int count, int column, Factors f, __m512 total, Rows rows, const Target *to, int only,
-                   int per_group, int has_zero, int full) {
+INLINE void finish(const int32_t *acc, const float *sums, int r, int count, int column, Factors f, __m512 total, Rows rows,
+                   const Target *to, int only, int per_group, int has_zero, int full) {
     __m512 bias = bias16(to, column);
 #pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
@@ -108,7 +108,8 @@ INLINE void fold(const int32_t *acc, float *sums, int r, int count, int column, 
         if (r + count <= to->rows && column + 16 <= to->columns && group)
             finish(acc, sums, r, count, column, f, total, rows, to, 0, per_group, has_zero, 1);
         else
-            finish(acc, sums, r, (int)minimum(count, to->rows - r), column, f, total, rows, to, !group, per_group, has_zero, column + 16 <= to->columns);
+            finish(acc, sums, r, (int)minimum(count, to->rows - r), column, f, total, rows, to, !group, per_group, has_zero,
+                   column + 16 <= to->columns);
     } else if (group == 0) {
 #pragma GCC unroll 8
         for (int i = 0; i < count; i++)

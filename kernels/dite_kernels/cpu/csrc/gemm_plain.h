@@ -35,8 +35,8 @@ INLINE void dot16(const uint8_t *a, const int8_t *b, int64_t padded, int32_t *ac
 #endif
 
 /* The arithmetic of epilogue.h. */
-INLINE void block_plain(const Weight *w, const Activations *x, const uint8_t *left, const int8_t *right, int64_t block, int64_t panel, const Target *to,
-                        int per_group, int has_zero) {
+INLINE void block_plain(const Weight *w, const Activations *x, const uint8_t *left, const int8_t *right, int64_t block, int64_t panel,
+                        const Target *to, int per_group, int has_zero) {
     for (int r = 0; r < to->rows; r++)
         for (int j = 0; j * LANES < to->columns; j++) {
             float sums[LANES] = {0};

@@ -16,7 +16,8 @@ INLINE void store16(void *y, int type, int64_t at, __mmask16 mask, __m512 value)
     else _mm256_mask_storeu_epi16((uint16_t *)y + at, mask, bf16_of(value));
 }
 
-INLINE void modulate_row(const void *x, const void *scale, const void *shift, void *y, int64_t row, int64_t vector, int64_t columns, float eps, int type) {
+INLINE void modulate_row(const void *x, const void *scale, const void *shift, void *y, int64_t row, int64_t vector, int64_t columns,
+                         float eps, int type) {
     __m512 sum = _mm512_setzero_ps(), squares = sum;
     for (int64_t c = 0; c < columns; c += 16) sum = _mm512_add_ps(sum, load16(x, type, row + c, first(columns - c)));
     __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)columns);
@@ -48,7 +49,8 @@ INLINE void put(void *y, int type, int64_t k, float value) {
     else ((uint16_t *)y)[k] = to_bf16(value);
 }
 
-INLINE void modulate_row(const void *x, const void *scale, const void *shift, void *y, int64_t row, int64_t vector, int64_t columns, float eps, int type) {
+INLINE void modulate_row(const void *x, const void *scale, const void *shift, void *y, int64_t row, int64_t vector, int64_t columns,
+                         float eps, int type) {
     float sum = 0, squares = 0;
     for (int64_t c = 0; c < columns; c++) sum += at(x, type, row + c);
     float mean = sum / (float)columns;

@@ -7,8 +7,8 @@
        weights      int8  [panel][G][4][padded/4][16][4]    sixteen columns side by side, four consecutive k in each 32-bit lane
                     4 bits: two rows of 64 codes in one of 64 bytes, the earlier one in the low nibbles
 
-   `padded` is the width of a group, rounded up to 32, 64 or multiples of 128 for AMX and to 8 otherwise; padding holds weights of value zero, so that what activations hold
-   there does not matter. */
+   `padded` is the width of a group, rounded up to 32, 64 or multiples of 128 for AMX and to 8 otherwise; padding holds weights of value zero, so
+   that what activations hold there does not matter. */
 
 #pragma once
 #include <math.h>
@@ -51,7 +51,7 @@ typedef struct {
     int32_t threads;
 } Call;
 
-/* Quantized activations. Arrays are [block][G][64] with per_group, else [block][64]; `row_sum` always [block][G][64], and only where zeros need it. */
+/* Quantized activations. Arrays are [block][G][64] with per_group, else [block][64]; `row_sum` always [block][G][64], only where zeros need it. */
 typedef struct {
     uint8_t *codes;
     float *scale, *zero, *row_sum;

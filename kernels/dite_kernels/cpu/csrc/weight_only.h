@@ -76,8 +76,8 @@ void dite_weight_only(const Weight *w, const float *x, float *y, const float *bi
                 float sums[FEW][LANES] = {{0}};
                 int64_t at = (panel * w->groups + g) * COLUMNS + j * LANES, start = g * w->width;
                 const uint8_t *codes = w->codes + ((panel * w->groups + g) * 4 + j) * w->padded * LANES / (w->bits == 4 ? 2 : 1);
-                few_tokens(w, codes, w->zero + at, x + from * w->in_features + start, w->in_features, minimum(w->width, w->in_features - start), count,
-                           sums);
+                few_tokens(w, codes, w->zero + at, x + from * w->in_features + start, w->in_features, minimum(w->width, w->in_features - start),
+                           count, sums);
                 for (int m = 0; m < count; m++)
                     for (int c = 0; c < LANES; c++) total[m][c] += sums[m][c] * w->scale[at + c];
             }
