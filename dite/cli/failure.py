@@ -23,7 +23,9 @@ class Interrupted(DiteError):
 
 def interrupted() -> Interrupted:
     return Interrupted(
-        "interrupted", "Ctrl-C, or the signal it sends", "outputs are renamed into place when complete, so none is half written; run it again, quantize with --resume"
+        "interrupted",
+        "Ctrl-C, or the signal it sends",
+        "outputs are renamed into place when complete, so none is half written; run it again, quantize with --resume",
     )
 
 
