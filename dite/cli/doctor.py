@@ -1,10 +1,8 @@
 """`dite doctor`: what this machine and this installation can do, and the reason for each thing they can't."""
 
-import os
 import platform
 import sys
 from importlib import import_module, metadata, util
-from pathlib import Path
 
 from rich.console import Group
 from rich.markup import escape
@@ -49,15 +47,9 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> dict[str, object]:
-    """Model name, cores this process may use, and the instruction sets that our kernels ask for."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    entries = dict(
-        reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line])
-    )  # reversed: the first core's entry wins
-    flags = set((entries.get("flags") or entries.get("Features") or "").split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": entries.get("model name", platform.processor()), "cores": cores, "flags": [flag for flag in CPU_FLAGS if flag in flags]}
+    if util.find_spec("dite_kernels") is None:
+        return {"name": platform.processor(), "cores": None, "flags": []}
+    return import_module("dite_kernels.processor").describe(CPU_FLAGS)
 
 
 def _devices() -> list[dict[str, object]]:

@@ -4,11 +4,11 @@ import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from dite_kernels import processor
 from dite_kernels.bench.cases import UnknownCase
 
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16", "sve")
@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "cpu": _cpu(),
+        "cpu": processor.describe(FLAGS),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
@@ -45,15 +45,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu() -> dict[str, Any]:
-    """Model, cores this process may use, and the instruction sets that decide."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
-    entries: dict[str, str] = {}
-    for key, _, value in (line.partition(":") for line in lines):
-        entries.setdefault(key.strip(), value.strip())
-    flags = set((entries.get("flags") or entries.get("Features") or "").split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": entries.get("model name") or platform.processor(), "cores": cores, "flags": [flag for flag in FLAGS if flag in flags]}

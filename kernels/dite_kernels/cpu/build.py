@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch  # noqa: F401 - its OpenMP runtime must be there before our library is
 
+from dite_kernels import processor
+
 SOURCES = Path(__file__).parent / "csrc"
 MAIN = "dite_cpu.c"
 COMPILERS = ("gcc", "cc", "clang")
@@ -78,12 +80,8 @@ def levels() -> list[str]:
 
 
 def processor_flags() -> set[str]:
-    """Instruction sets as Linux names them; none on other systems."""
-    info = Path("/proc/cpuinfo")
-    if platform.machine() not in ("x86_64", "AMD64") or not info.exists():
-        return set()
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-    return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+    """Instruction sets that LEVELS may ask for; none on other processors than x86-64."""
+    return processor.flags() if platform.machine() in ("x86_64", "AMD64") else set()
 
 
 def compiler() -> list[str]:

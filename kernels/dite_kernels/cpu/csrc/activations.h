@@ -22,6 +22,17 @@ INLINE Range range_of(float low, float high, const Call *call) {
     return (Range){scale, zero > levels ? levels : zero};
 }
 
+/* y = H x in place: 2^n floats, unnormalised. */
+INLINE void plain_butterflies(float *x, int64_t width) {
+    for (int64_t half = 1; half < width; half *= 2)
+        for (int64_t i = 0; i < width; i += 2 * half)
+            for (int64_t k = i; k < i + half; k++) {
+                float a = x[k], b = x[k + half];
+                x[k] = a + b;
+                x[k + half] = a - b;
+            }
+}
+
 #ifdef __AVX512BW__
 
 INLINE __m512 load16(const void *x, int type, int64_t at, __mmask16 mask) {
@@ -106,8 +117,11 @@ INLINE int64_t encode(const void *x, int type, int64_t start, int64_t count, con
     return summed ? _mm512_reduce_add_epi64(sums) : 0;
 }
 
-/* y = H x in place: 2^n floats, n >= 4, unnormalised. */
 INLINE void butterflies(float *x, int64_t width) {
+    if (width < 16) {
+        plain_butterflies(x, width);
+        return;
+    }
     const __m512 near = _mm512_setr_ps(1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1);
     const __m512 pairs = _mm512_setr_ps(1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1);
     const __m512 fours = _mm512_setr_ps(1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1);
@@ -130,6 +144,8 @@ INLINE void butterflies(float *x, int64_t width) {
 }
 
 #else
+
+#define butterflies plain_butterflies
 
 INLINE float at(const void *x, int type, int64_t k) { return type == FLOAT32 ? ((const float *)x)[k] : from_bf16(((const uint16_t *)x)[k]); }
 
@@ -160,16 +176,6 @@ INLINE int64_t encode(const void *x, int type, int64_t start, int64_t count, con
     return sum;
 }
 
-INLINE void butterflies(float *x, int64_t width) {
-    for (int64_t half = 1; half < width; half *= 2)
-        for (int64_t i = 0; i < width; i += 2 * half)
-            for (int64_t k = i; k < i + half; k++) {
-                float a = x[k], b = x[k + half];
-                x[k] = a + b;
-                x[k + half] = a - b;
-            }
-}
-
 #endif
 
 /* One row, smoothed and rotated, as floats in `out`: blocks of `block` columns as long as they fit, then of ever smaller powers of two. */
@@ -183,20 +189,7 @@ INLINE void transform_row(const Call *call, const Weight *w, int64_t m, float *o
     for (int64_t block = call->block; block > 1; block /= 2)
         for (; columns - done >= block; done += block) {
             float scale = 1 / sqrtf((float)block);
-#ifdef __AVX512BW__
-            if (block < 16)
-#endif
-                for (int64_t half = 1; half < block; half *= 2)
-                    for (int64_t i = done; i < done + block; i += 2 * half)
-                        for (int64_t k = i; k < i + half; k++) {
-                            float a = out[k], b = out[k + half];
-                            out[k] = a + b;
-                            out[k + half] = a - b;
-                        }
-#ifdef __AVX512BW__
-            else
-                butterflies(out + done, block);
-#endif
+            butterflies(out + done, block);
             for (int64_t k = done; k < done + block; k++) out[k] *= scale;
         }
 }
