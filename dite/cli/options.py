@@ -56,7 +56,7 @@ EffortLevel = Annotated[
     typer.Option(
         "--effort",
         help="fast: rounding only, seconds. default: calibrates, and chooses rounding and transform for each layer; half a minute for the "
-        "built-in model, some hours for 750 M parameters on 2 cores. high: more transforms, layer after layer; 5 times that.",
+        "built-in model, three hours for 750 M parameters on one core. high: more transforms, layer after layer; 5 times that.",
         show_default=False,
     ),
 ]

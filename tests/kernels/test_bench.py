@@ -122,13 +122,13 @@ def test_a_shape_that_is_none_is_refused(text):
         Shape.parse(text)
 
 
-@pytest.mark.parametrize("text", ["w3a8", "w4", "w4a8-g20", "w4a8-g0", "w8a8-channel-group", "w4a16-group", "w4a8-64"])
+@pytest.mark.parametrize("text", ["w3a8", "w4", "w4a8-g20", "w4a8-g0", "w8a8-channel-group", "w4a16-group", "w4a8-64", "w8a8-sym-g64"])
 def test_a_scheme_that_is_none_is_refused(text):
     with pytest.raises(UnknownCase, match="no scheme"):
         Scheme.parse(text)
 
 
-@pytest.mark.parametrize("text", ["w4a8", "w8a8-g64", "w8a8-channel", "w4a8-g64-group", "w6a16"])
+@pytest.mark.parametrize("text", ["w4a8", "w8a8-g64", "w8a8-channel", "w4a8-g64-group", "w6a16", "w8a8-channel-sym"])
 def test_a_scheme_is_called_what_it_is_parsed_from(text):
     assert str(Scheme.parse(text)) == text
 

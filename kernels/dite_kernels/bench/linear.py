@@ -101,12 +101,11 @@ def quantized(inputs: Inputs, scheme: Scheme, wanted: list[str], notes: list[str
     """The backends of `wanted` that can run a scheme, warm and found right, by name; a note on each that can't."""
     m, k, n = inputs.sizes
     bits = (scheme.weight_bits, scheme.activation_bits)
-    spec = LinearSpec(
-        k, n, scheme.weight_bits, scheme.group_size, activation_bits=scheme.activation_bits, activation_per_group=scheme.activation_per_group
-    )
+    activations = {"activation_bits": scheme.activation_bits, "activation_per_group": scheme.activation_per_group}
+    spec = LinearSpec(k, n, scheme.weight_bits, scheme.group_size, scheme.weight_symmetric, **activations)
     weight = quantize_weight(inputs.weight, spec)
     size = inputs.edge_bytes + sum(part.numel() * part.element_size() for part in (weight.qdata, weight.scale, weight.zero_point) if part is not None)
-    groups = {"group_size": scheme.group_size, "activation_granularity": scheme.granularity}
+    groups = {"group_size": scheme.group_size, "weight_symmetric": scheme.weight_symmetric, "activation_granularity": scheme.granularity}
     picked, expected = _oracle(inputs, weight, spec)
     for name in wanted:
         what = f"{name} {scheme} at {m}x{k}x{n}"
@@ -178,9 +177,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _scheme(row: dict[str, Any]) -> str:
     """Bits and granularity of a row in one word.
 
-    >>> _scheme({"weight_bits": 4, "activation_bits": 8, "group_size": 64, "activation_granularity": "group"})
+    >>> _scheme({"weight_bits": 4, "activation_bits": 8, "group_size": 64, "weight_symmetric": False, "activation_granularity": "group"})
     'w4a8 g64, per group'
     """
-    bits = "bf16" if row["weight_bits"] == 16 else f"w{row['weight_bits']}a{row['activation_bits'] or 16}"
+    bits = "bf16" if row["weight_bits"] == 16 else f"w{row['weight_bits']}a{row['activation_bits'] or 16}{' sym' if row['weight_symmetric'] else ''}"
     group = f" g{row['group_size']}" if row["group_size"] else ""
     return f"{bits}{group}, per group" if row["activation_granularity"] == "group" else bits + group

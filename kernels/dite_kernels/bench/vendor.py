@@ -49,7 +49,7 @@ class Candidate:
 def facts(op: str, backend: str, sizes: list[int], bits: tuple[int, int | None]) -> dict[str, Any]:
     """A row's first keys for something without groups; `bits` are the weight's and the activations'."""
     keys = {"op": op, "backend": backend, "weight_bits": bits[0], "activation_bits": bits[1]}
-    return keys | {"group_size": None, "activation_granularity": None, "shape": sizes}
+    return keys | {"group_size": None, "weight_symmetric": None, "activation_granularity": None, "shape": sizes}
 
 
 def baseline(inputs: Inputs) -> Candidate:
