@@ -8,6 +8,10 @@
     ├── UnsupportedEnvironment  3   501   this machine or this installation can't
     ├── QuantizationError       1   500   a layer's numbers can't be quantized
     ├── CheckpointError         1   500   a folder is damaged, incomplete or hostile
+    ├── NonFiniteOutput         1   500   a model or a rank produced NaN or infinity
+    ├── ExchangeCorrupted       1   500   what a rank sent can't be used
+    ├── RanksDisagree           1   500   the ranks of a job were started with different settings or inputs
+    ├── RankLost                1   503   another rank ended or doesn't answer
     ├── QualityGateFailed       4   422   a --fail-if condition holds
     └── ResumeConflict          5   409   an interrupted run was started with other settings
 
@@ -87,6 +91,24 @@ class QuantizationError(DiteError):
 
 class CheckpointError(DiteError):
     """A folder is damaged, incomplete or hostile."""
+
+
+class NonFiniteOutput(DiteError):
+    """A model or a rank produced NaN or infinity; an image of it would be black, and look like an answer."""
+
+
+class ExchangeCorrupted(DiteError):
+    """What a rank sent is damaged, out of turn, or does not fit the state of its receiver."""
+
+
+class RanksDisagree(DiteError):
+    """The ranks of a job were started with different settings, versions or inputs."""
+
+
+class RankLost(DiteError):
+    """Another rank ended or doesn't answer."""
+
+    http_status = 503
 
 
 class QualityGateFailed(DiteError):

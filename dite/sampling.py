@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dite.errors import DiteError, UnsupportedModel, UsageError, did_you_mean
+from dite.errors import NonFiniteOutput, UnsupportedModel, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 Condition = int | str
 Progress = Callable[[int, int], None]
 SEEDS = 2**32  # torch's CPU generator uses the low 32 bits of a seed only
-
-
-class NonFiniteOutput(DiteError):
-    """The model produced NaN or infinity; an image of it would be black, and look like an answer."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Several devices, one picture: tokens, heads, layers or guidance branches shared out, and what they exchange compressed."""

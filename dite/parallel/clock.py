@@ -1,0 +1,74 @@
+"""Which request, guidance branch and step a call of the model belongs to: the key of everything that is remembered between steps.
+
+A pipeline says where a request begins by calling `scheduler.set_timesteps`; a bare model's begins when the timestep goes up again. A branch is what the
+pipeline names in `cache_context`; else calls with one timestep are the branches of one step.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from dite.parallel.stream import Moment
+
+MOST_BRANCHES = 8
+MOST_REQUESTS = 256
+EPOCHS = 2**32
+STEPS = 2**16
+
+
+@dataclass
+class _Request:
+    epoch: int
+    steps: dict[int, int] = field(default_factory=dict)
+    branches: dict[str, int] = field(default_factory=dict)
+    timestep: float | None = None
+    calls: int = 0
+
+
+class Clock:
+    """Counts calls. All ranks call it alike, so that they agree without a word."""
+
+    def __init__(self):
+        self.context: str | None = None
+        self.told = False  # whether someone calls `restart` at each request's beginning
+        self._name = ""
+        self._epochs = 0
+        self._requests: OrderedDict[str, _Request] = OrderedDict()
+
+    def restart(self) -> None:
+        """The current request begins (again)."""
+        self._epochs = (self._epochs + 1) % EPOCHS
+        self._requests[self._name] = _Request(self._epochs)
+        self._requests.move_to_end(self._name)
+        while len(self._requests) > MOST_REQUESTS:
+            self._requests.popitem(last=False)
+
+    def switch(self, name: str) -> str:
+        """Calls belong to request `name` from now on; returns the previous name."""
+        before, self._name = self._name, name
+        return before
+
+    def finish(self, name: str) -> None:
+        """Forget a request."""
+        self._requests.pop(name, None)
+
+    def epochs(self) -> set[int]:
+        """Of all requests that are remembered."""
+        return {request.epoch for request in self._requests.values()}
+
+    def tick(self, timestep: float, inputs: int = 0) -> Moment:
+        """The moment of a call with this timestep."""
+        request = self._requests.get(self._name)
+        over = request is not None and (request.calls >= MOST_BRANCHES or max(request.steps.values(), default=0) >= STEPS - 1)
+        backwards = request is not None and not self.told and request.timestep is not None and timestep > request.timestep
+        if request is None or over or backwards:
+            self.restart()
+            request = self._requests[self._name]
+        request.calls = request.calls + 1 if timestep == request.timestep else 1
+        request.timestep = timestep
+        key = f"call {request.calls}" if self.context is None else f"context {self.context}"
+        branch = request.branches.setdefault(key, len(request.branches))
+        step = request.steps.get(branch, -1) + 1
+        request.steps[branch] = step
+        return Moment(request.epoch, branch, step, inputs)

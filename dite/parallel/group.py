@@ -1,0 +1,220 @@
+"""RankGroup: the processes that make a picture together, and every way in which they exchange bytes.
+
+Processes are started by `dite ... --nproc N` (they meet through a file, and listen on loopback only) or by torchrun (they meet at its address, across
+machines too). Each collective has a deadline; the first one that fails ends the group: the ranks that are left raise RankLost and never wait again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dite.errors import RankLost, UsageError
+
+RENDEZVOUS = "DITE_RENDEZVOUS"  # a file in an empty folder, through which the ranks of --nproc meet
+TIMEOUT_S = 60.0
+
+
+@dataclass
+class Traffic:
+    """What this rank sent, in bytes: `sent` on the wire, headers and keyframes included, and `raw`, the same exchanges uncompressed in the model's
+    dtype without headers. `seconds` is how long it waited for others."""
+
+    sent: int = 0
+    raw: int = 0
+    exchanges: int = 0
+    seconds: float = 0.0
+
+    def add(self, sent: int, raw: int) -> None:
+        self.sent += sent
+        self.raw += raw
+        self.exchanges += 1
+
+
+def environment_ranks() -> tuple[int, int] | None:
+    """(rank, world size) that --nproc or torchrun gave this process; None for a process that was started alone."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+class RankGroup:
+    """The ranks of a job, or some of them. `members` are their numbers in the whole job; `index` is this rank's place among them.
+
+    Tensors are sent as they are: contiguous, and on the device that the backend reads (CPU for gloo, CUDA for NCCL).
+    """
+
+    def __init__(self, members: Sequence[int], rank: int, process_group: Any, timeout_s: float, whole: RankGroup | None = None):
+        self.members = list(members)
+        self.rank = rank
+        self.index = self.members.index(rank)
+        self.timeout_s = timeout_s
+        self.traffic = Traffic() if whole is None else whole.traffic
+        self._group = process_group
+        self._whole = whole or self
+        self._lost: RankLost | None = None
+
+    @property
+    def size(self) -> int:
+        """How many ranks."""
+        return len(self.members)
+
+    @classmethod
+    def join(cls, degree: int, device: str | torch.device = "cpu", timeout_s: float = TIMEOUT_S) -> RankGroup:
+        """Meet the other ranks. Raises UsageError where this process was not started as one of `degree`, RankLost where they don't come."""
+        place = environment_ranks()
+        if place is None or place[1] != degree:
+            raise UsageError(
+                f"{degree} ranks were asked for",
+                "this process was started alone" if place is None else f"it was started as rank {place[0]} of {place[1]}",
+                f"start it as `torchrun --nproc-per-node {degree} script.py`, or use the command line's --nproc {degree}",
+            )
+        rank, world = place
+        deadline = timedelta(seconds=timeout_s)
+        try:
+            if not dist.is_initialized():
+                # NCCL reports a lost peer only through a watchdog; blocking waits let our deadline hold.
+                os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+                backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+                if RENDEZVOUS in os.environ:
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                    store = dist.FileStore(os.environ[RENDEZVOUS], world)
+                    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=deadline)
+                else:
+                    dist.init_process_group(backend, timeout=deadline)
+            group = cls(range(world), rank, dist.new_group(list(range(world)), timeout=deadline), timeout_s)
+        except (RuntimeError, ValueError) as error:
+            raise RankLost("the ranks could not meet", _first_line(error), f"start all {degree} within {timeout_s:.0f} s") from error
+        group.barrier()
+        return group
+
+    def split(self, groups: Sequence[Sequence[int]]) -> RankGroup:
+        """The one of `groups` (numbers of ranks, each once) that this rank belongs to. All ranks must call it alike."""
+        mine = None
+        for members in groups:
+            process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s)) if len(members) > 1 else None
+            if self.rank in members:
+                mine = RankGroup(members, self.rank, process_group, self.timeout_s, self._whole)
+        assert mine is not None, f"rank {self.rank} is in none of {groups}"
+        return mine
+
+    def all_gather(self, packet: torch.Tensor) -> list[torch.Tensor]:
+        """Every member's packet, in their order; all of one length."""
+        received = [torch.empty_like(packet) for _ in self.members]
+        if self.size == 1:
+            received[0].copy_(packet)
+            return received
+        with self.waiting("gather"):
+            dist.all_gather(received, packet, group=self._group)
+        return received
+
+    def start_all_gather(self, packet: torch.Tensor) -> Pending:
+        """The same without waiting."""
+        received = [torch.empty_like(packet) for _ in self.members]
+        with self.waiting("gather"):
+            return Pending(self, received, [dist.all_gather(received, packet, group=self._group, async_op=True)], packet)
+
+    def all_to_all(self, packets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """packets[i] goes to member i; what comes back at i is from member i, and as long as ours to it."""
+        received = [torch.empty_like(packet) for packet in packets]
+        received[self.index].copy_(packets[self.index])
+        self.exchange(
+            [(i, packet) for i, packet in enumerate(packets) if i != self.index], [(i, b) for i, b in enumerate(received) if i != self.index]
+        ).wait()
+        return received
+
+    def start_shift(self, packet: torch.Tensor) -> Pending:
+        """Send to the next member and receive from the previous one, without waiting."""
+        return self.exchange([((self.index + 1) % self.size, packet)], [((self.index - 1) % self.size, torch.empty_like(packet))])
+
+    def exchange(self, outgoing: Sequence[tuple[int, torch.Tensor]], incoming: Sequence[tuple[int, torch.Tensor]]) -> Pending:
+        """Point-to-point messages (member, tensor) that may cross, started together; `incoming` tensors are filled."""
+        with self.waiting("point-to-point exchange"):
+            receives = [dist.irecv(tensor, group=self._group, group_src=member) for member, tensor in incoming]
+            sends = [dist.isend(tensor, group=self._group, group_dst=member) for member, tensor in outgoing]
+        return Pending(self, [tensor for _, tensor in incoming], [*receives, *sends], [tensor for _, tensor in outgoing])
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Overwrite `tensor` with that of member `source`."""
+        if self.size > 1:
+            with self.waiting("broadcast"):
+                dist.broadcast(tensor, group=self._group, group_src=source)
+
+    def barrier(self) -> None:
+        """Wait until all members are here; the first one also opens the connections."""
+        self.all_gather(torch.zeros(1, dtype=torch.uint8, device=self._device()))
+
+    def gather_json(self, document: Any) -> list[Any]:
+        """Every member's document. Nothing is unpickled."""
+        text = torch.frombuffer(bytearray(json.dumps(document, sort_keys=True).encode()), dtype=torch.uint8).to(self._device())
+        lengths = [int(one) for one in self.all_gather(torch.tensor([len(text)], device=self._device()))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self._device())
+        padded[: len(text)] = text
+        return [json.loads(bytes(one[:length].cpu().numpy())) for one, length in zip(self.all_gather(padded), lengths, strict=True)]
+
+    def close(self) -> None:
+        """Leave: connections are closed, and ranks that still wait for this one are told so."""
+        if self._lost is None:
+            self._lost = RankLost("this group is closed", "it was left before", "parallelize again")
+        if self._whole is self and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def check(self) -> None:
+        """Raises RankLost when the group has ended."""
+        if self._whole._lost is not None:
+            raise self._whole._lost
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Count the time of an exchange; what fails in it ends the group."""
+        self.check()
+        started = time.perf_counter()
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            self._whole._lost = RankLost(
+                f"another rank was lost during a {what}",
+                f"rank {self.rank} of {self._whole.size}, deadline {self.timeout_s:.0f} s: {_first_line(error)}",
+                "look at what the other ranks printed, and start all of them again",
+            )
+            raise self._whole._lost from error
+        finally:
+            self.traffic.seconds += time.perf_counter() - started
+
+    def _device(self) -> torch.device:
+        nccl = dist.is_initialized() and dist.get_backend(self._group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+class Pending:
+    """Exchanges under way. `wait` returns the received tensors; what is sent is kept alive until then."""
+
+    def __init__(self, group: RankGroup, received: list[torch.Tensor], works: list[Any], sent: Any):
+        self._group, self._received, self._works, self._sent = group, received, works, sent
+
+    def wait(self) -> list[torch.Tensor]:
+        """Raises RankLost."""
+        with self._group.waiting("exchange"):
+            for work in self._works:
+                work.wait()
+        self._sent = None
+        return self._received
+
+
+def rendezvous_file(folder: Path) -> str:
+    """Where the ranks of --nproc meet."""
+    return str(folder / "ranks")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

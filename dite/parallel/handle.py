@@ -1,0 +1,355 @@
+"""`dite.parallelize`: a pipeline's model shared out over ranks, until the handle is closed.
+
+    with dite.parallelize(pipe, degree=2, mode="kv_gather", codec="int4") as par:
+        images = pipe(class_labels=[207], generator=torch.Generator().manual_seed(0)).images
+        print(par.stats())
+
+Every rank runs the same script with the same seeds (torchrun, or the command line's --nproc) and gets the same pictures.
+"""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dite.errors import RanksDisagree, UnsupportedModel, UsageError
+from dite.models.access import the_denoiser
+from dite.models.families import example_inputs
+from dite.parallel.clock import Clock
+from dite.parallel.codecs import codec as codec_named
+from dite.parallel.families import Family, family_of, layers_of
+from dite.parallel.group import TIMEOUT_S, RankGroup, environment_ranks
+from dite.parallel.handshake import description, shake_hands
+from dite.parallel.hooks import Hooks
+from dite.parallel.modes import Displaced, KVGather, Local, Mode, Ring, Ulysses
+from dite.parallel.runners import PipeFusion, Remembered, Runner, Slices, join_rows
+from dite.parallel.stream import ADAPTIVE, Moment, Predictor, ResidualStream
+from dite.parallel.topology import STALE, Topology, bounds, parse
+
+SAMPLED = 4096
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+SIMPLE_MODES = {"kv_gather": KVGather, "ring": Ring, "displaced": Displaced}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all ranks must agree about. `codec` is a name, or a schedule's digest."""
+
+    mode: str = "kv_gather"
+    codec: str = "int4"
+    predictor: Predictor = field(default_factory=Predictor)
+    patches: int | None = None
+
+
+class Parallel:
+    """A model that is shared out. Undone by `close`, or at the end of a `with`."""
+
+    def __init__(self, pipe: Any, topology: Topology, settings: Settings, codec_of: Callable[[int, int], str], group: RankGroup | None):
+        self.model = the_denoiser(pipe)
+        self.topology, self.settings, self.group = topology, settings, group
+        self._codec_of = codec_of
+        self._clock = Clock()
+        self._hooks = Hooks()
+        self._remembered: dict[tuple[int, int], Remembered] = {}
+        self._runner: Runner | None = None
+        self._steps = 0
+        if group is None:
+            return
+        family = family_of(self.model)
+        self._check(family)
+        self._cfg = group.split(topology.cfg_groups()) if topology.cfg > 1 else None
+        self._tokens = group.split(topology.token_groups()) if topology.tokens > 1 else None
+        try:
+            if self._tokens is not None:
+                self._runner = self._make_runner(family)
+                self._runner.install(self._hooks)
+            self._hooks.replace(self.model, "forward", self._around)
+            self._watch(pipe)
+        except BaseException:
+            self._hooks.undo()
+            raise
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    @property
+    def rank(self) -> int:
+        """This process's number; rank 0 is the one that should write files."""
+        return self.group.rank if self.group else 0
+
+    def close(self) -> None:
+        """Leave the pipeline as it was found, and the other ranks."""
+        self._hooks.undo()
+        self._remembered = {}
+        if self.group is not None:
+            self.group.close()
+
+    def stats(self) -> dict[str, Any]:
+        """What this rank exchanged so far, in bytes and seconds; `bytes_raw` is the same uncompressed, in the model's dtype."""
+        traffic = asdict(self.group.traffic) if self.group else {"sent": 0, "raw": 0, "exchanges": 0, "seconds": 0.0}
+        return {
+            "ranks": self.topology.world,
+            "rank": self.rank,
+            "mode": self.settings.mode if self.group else "one device",
+            "codec": self.settings.codec,
+            "order": self.settings.predictor.order,
+            "calls": self._steps,
+            "bytes_sent": traffic["sent"],
+            "bytes_raw": traffic["raw"],
+            "exchanges": traffic["exchanges"],
+            "seconds_waited": traffic["seconds"],
+        }
+
+    def reset(self) -> None:
+        """Begin a request anew, as pipelines do by `scheduler.set_timesteps`: the next exchange is a keyframe."""
+        self._clock.restart()
+        self._forget()
+
+    @contextmanager
+    def request(self, name: str) -> Iterator[None]:
+        """Calls inside belong to the request of that name, whose state is apart from all others' and kept until `finish(name)`."""
+        before = self._clock.switch(name)
+        try:
+            yield
+        finally:
+            self._clock.switch(before)
+
+    def finish(self, name: str) -> None:
+        """Forget a request, done or cancelled."""
+        self._clock.finish(name)
+        self._forget()
+
+    def streams(self) -> list[ResidualStream]:
+        """All that is remembered, in an order that is the same on all ranks of a group."""
+        return [stream for key in sorted(self._remembered) for stream in self._remembered[key].streams()]
+
+    def _check(self, family: Family) -> None:
+        count = layers_of(self.model, family)
+        for step in (0, 1):
+            for layer in range(count):
+                codec_named(self._codec_of(step, layer))
+        if self.topology.cfg > 1 and not family.batched:
+            name = type(self.model).__name__
+            raise UnsupportedModel(f"pipelines call {name} once for each guidance branch, so cfg has nothing to share out", "use another mode")
+        if self.topology.mode in STALE and family.text is not None and self.topology.tokens > 1:
+            reason = f"text tokens take part in its attention, and would differ between the ranks of {self.topology.mode}"
+            raise UnsupportedModel(reason, "use kv_gather, ring or ulysses")
+
+    def _make_runner(self, family: Family) -> Runner:
+        arguments = (self.model, family, self._tokens, self.settings.predictor, self._codec_of)
+        if self.topology.mode == "pipefusion":
+            return PipeFusion(*arguments, patches=self.settings.patches)
+        return Slices(*arguments, make=self._mode_maker())
+
+    def _mode_maker(self) -> Callable[[int, list[tuple[int, int]]], Mode]:
+        predictor, topology, token_group = self.settings.predictor, self.topology, self._tokens
+        if topology.mode in SIMPLE_MODES:
+            return lambda layer, parts: SIMPLE_MODES[topology.mode](layer, token_group, parts, predictor)
+        across = self.group.split(topology.ulysses_groups())
+        around = self.group.split(topology.ring_groups()) if topology.ring > 1 else None
+
+        def make(layer: int, parts: list[tuple[int, int]]) -> Mode:
+            turn = token_group.index // topology.ulysses
+            mine = parts[turn * topology.ulysses : (turn + 1) * topology.ulysses]
+            chunks = [(chunk[0][0], chunk[-1][1]) for chunk in (parts[at : at + topology.ulysses] for at in range(0, len(parts), topology.ulysses))]
+            inner = Local(layer, across, mine, predictor) if around is None else Ring(layer, around, chunks, predictor)
+            return Ulysses(layer, across, mine, predictor, inner)
+
+        return make
+
+    def _watch(self, pipe: Any) -> None:
+        """Learn from the pipeline where requests begin and which guidance branch it computes."""
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is not None:
+            self._clock.told = True
+
+            def restarting(set_timesteps: Callable) -> Callable:
+                def restarted(*args: Any, **kwargs: Any) -> Any:
+                    self.reset()
+                    return set_timesteps(*args, **kwargs)
+
+                restarted.__signature__ = inspect.signature(set_timesteps)  # pipelines read which arguments it takes
+                return restarted
+
+            self._hooks.replace(scheduler, "set_timesteps", restarting)
+        if hasattr(self.model, "cache_context"):
+
+            def named(cache_context: Callable) -> Callable:
+                @contextmanager
+                def inside(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+                    before, self._clock.context = self._clock.context, name
+                    try:
+                        with cache_context(name, *args, **kwargs):
+                            yield
+                    finally:
+                        self._clock.context = before
+
+                return inside
+
+            self._hooks.replace(self.model, "cache_context", named)
+
+    def _around(self, forward: Callable) -> Callable:
+        """The model's forward, as everyone calls it."""
+        signature = inspect.signature(type(self.model).forward)
+
+        def shared(*args: Any, **kwargs: Any) -> Any:
+            self.group.check()
+            bound = signature.bind(self.model, *args, **kwargs)
+            timestep = bound.arguments.get("timestep")
+            if not isinstance(timestep, torch.Tensor):
+                timestep = torch.tensor(float(timestep or 0))
+            moment = self._clock.tick(float(timestep.flatten()[0]), _checksum(bound.arguments))
+            self._forget()
+            remembered = self._remembered.setdefault((moment.epoch, moment.branch), Remembered())
+            self._steps += 1
+            rows = self._rows(bound.arguments) if self._cfg is not None else None
+            remembered.fit(tuple(bound.arguments["hidden_states"].shape))
+
+            def call() -> Any:
+                return forward(*bound.args[1:], **bound.kwargs)
+
+            with torch.no_grad():
+                result = call() if self._runner is None else self._runner.call(call, moment, remembered)
+                return result if rows is None else self._join_batch(result, rows, moment)
+
+        return shared
+
+    def _rows(self, arguments: dict[str, Any]) -> list[tuple[int, int]]:
+        """Cut this rank's rows of the batch out of the arguments; returns everyone's."""
+        count = len(arguments["hidden_states"])
+        if count < self._cfg.size:
+            rule = f"it has {count}, and mode {self.settings.mode} shares them out over {self._cfg.size} ranks"
+            raise UsageError("the batch has too few rows", rule, "use a guidance scale above 1, more images at once, or a mode without cfg")
+        rows = bounds(count, self._cfg.size)
+        first, last = rows[self._cfg.index]
+        for name, value in arguments.items():
+            arguments[name] = _cut(value, count, first, last)
+        return rows
+
+    def _join_batch(self, result: Any, rows: list[tuple[int, int]], moment: Moment) -> Any:
+        x = result[0]
+        whole = join_rows(self._cfg, x.reshape(1, len(x), -1), rows, moment).reshape(rows[-1][1], *x.shape[1:])
+        return (whole, *result[1:]) if isinstance(result, tuple) else type(result)(sample=whole)
+
+    def _forget(self) -> None:
+        """Drop what belongs to requests that are over."""
+        live = self._clock.epochs()
+        for key in [key for key in self._remembered if key[0] not in live]:
+            self._remembered.pop(key).drain()
+
+
+def parallelize(
+    model: Any,
+    degree: int | None = None,
+    mode: str = "kv_gather",
+    codec: Any = "int4",
+    *,
+    order: int = 2,
+    damping: float | str = ADAPTIVE,
+    patches: int | None = None,
+    timeout_s: float = TIMEOUT_S,
+    probe: bool = True,
+) -> Parallel:
+    """Share a pipeline's transformer (or a bare one) out over `degree` ranks; by default over all that were started.
+
+    `mode`: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product (`cfg+ring`, `ulysses+ring`); see dite.parallel.topology.
+    `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, or a `Schedule` of them; `order` 0 sends values, 1 changes, 2 changes against a prediction
+    damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every exchange has the deadline `timeout_s`.
+
+    With `probe`, one call of the model without a codec is compared with one device's before anything else, and a model that differs is refused.
+
+    Raises UsageError, UnsupportedModel, RanksDisagree, RankLost; what was put on the model is taken off again then.
+    """
+    pipe = getattr(model, "pipe", model)
+    place = environment_ranks()
+    degree = degree or (place[1] if place else 1)
+    topology = parse(mode, degree)
+    predictor = Predictor(order, damping)
+    codec_of, codec_name = _codecs(codec)
+    settings = Settings(mode, codec_name, predictor, patches)
+    transformer = the_denoiser(pipe)
+    family = family_of(transformer) if degree > 1 else None
+    if degree == 1:
+        return Parallel(pipe, topology, settings, codec_of, None)
+    device = next(transformer.parameters()).device
+    group = RankGroup.join(degree, device, timeout_s)
+    try:
+        shake_hands(group, description(transformer) | {"settings": asdict(settings), "topology": asdict(topology)})
+        if probe:
+            _probe(pipe, topology, settings, group)
+        handle = Parallel(pipe, topology, settings, codec_of, group)
+    except BaseException:
+        group.close()
+        raise
+    group.traffic.sent = group.traffic.raw = group.traffic.exchanges = 0
+    group.traffic.seconds = 0.0
+    assert family is not None
+    return handle
+
+
+def _codecs(codec: Any) -> tuple[Callable[[int, int], str], str]:
+    if isinstance(codec, str):
+        codec_named(codec)
+        return (lambda step, layer: codec), codec
+    return codec.codec, f"schedule {codec.digest}"
+
+
+@torch.no_grad()
+def _probe(pipe: Any, topology: Topology, settings: Settings, group: RankGroup) -> None:
+    """Refuse a model whose shared-out result is not one device's."""
+    model = the_denoiser(pipe)
+    inputs = example_inputs(model)
+    if inputs is None:
+        return
+    if topology.cfg > 1:
+        inputs = {name: _repeat(value, topology.cfg) for name, value in inputs.items()}
+    expected = model(**inputs)[0]
+    handle = Parallel(model, topology, settings, lambda step, layer: "none", group)
+    try:
+        got = model(**inputs)[0]
+    finally:
+        handle._hooks.undo()
+    error = float((got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+    limit = TOLERANCE.get(model.dtype, 5e-2)
+    if not error <= limit:
+        raise UnsupportedModel(
+            f"shared out over {topology.world} ranks by {settings.mode}, {type(model).__name__} gives another result",
+            "use it on one device",
+            what=f"relative difference {error:.1e}, where rounding allows {limit:.0e}",
+        )
+
+
+def _repeat(value: Any, count: int) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _repeat(one, count) for name, one in value.items()}
+    return torch.cat([value] * count) if isinstance(value, torch.Tensor) and value.ndim else value
+
+
+def _cut(value: Any, count: int, first: int, last: int) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _cut(one, count, first, last) for name, one in value.items()}
+    return value[first:last] if isinstance(value, torch.Tensor) and value.ndim and len(value) == count else value
+
+
+def _checksum(arguments: Mapping[str, Any]) -> int:
+    """Of some of the values of every tensor that the model is called with."""
+    crc = 0
+    for name, value in sorted(arguments.items()):
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().flatten()
+            part = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().contiguous()
+            crc = zlib.crc32(part.numpy().tobytes(), zlib.crc32(name.encode(), crc))
+    return crc
+
+
+__all__ = ["Parallel", "RanksDisagree", "parallelize"]

@@ -1,0 +1,163 @@
+"""ResidualStream: what one rank sends of one tensor, step after step, and what all of its receivers therefore know of it.
+
+    d = x − (ref + β·Δ);   packet = C(d);   ref' ← ref + β·Δ + D(packet);   Δ ← ref' − ref        on the sender and on every receiver
+
+order 0 sends x itself (ref = 0), order 1 the change (β = 0), order 2 what a straight line through the last two does not foretell. β is one byte for
+each sample in the packet, in sixteenths: a fixed damping, or (adaptive) the one that fits best, computed by the sender, so that ranks on unlike
+machines cannot disagree about it. The reference changes by decoding only, on the sender too; so it is the same bits everywhere, and a digest of it,
+sent every fourth step, proves that.
+
+The first packet of a request, and of a tensor of another shape, is a keyframe: order 0, int8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+
+from dite.errors import ExchangeCorrupted, NonFiniteOutput, UsageError
+from dite.parallel.codecs import KEYFRAME_CODEC, Codec, Reference, codec
+from dite.parallel.packet import DIGEST, HEADER_BYTES, KEYFRAME, NONFINITE, Header, open_packet, seal
+
+ADAPTIVE = "adaptive"
+DIGEST_EVERY = 4
+BETA_STEPS = 16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """`order` 0, 1 or 2; `damping` of order 2: a number from 0 to 1, in sixteenths, or "adaptive"."""
+
+    order: int = 2
+    damping: float | str = ADAPTIVE
+
+    def __post_init__(self):
+        if self.order not in (0, 1, 2):
+            raise UsageError(f"no residual order {self.order}", "0 sends values, 1 their change, 2 what a straight line doesn't foretell", "use 0, 1 or 2")
+        if self.damping != ADAPTIVE and not (isinstance(self.damping, float | int) and 0 <= self.damping <= 1):
+            raise UsageError(f"damping {self.damping!r} can't be used", "it is a number from 0 to 1, or adaptive", "use adaptive")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Which call of the model this is: of which request (epoch), of which guidance branch, and the how-manieth of that; and a checksum of its inputs."""
+
+    epoch: int
+    branch: int
+    step: int
+    inputs: int = 0
+
+
+@dataclass(frozen=True)
+class Name:
+    """Which tensor a stream carries, and whose: `rank` is the sender's."""
+
+    layer: int
+    role: int
+    rank: int
+
+
+class ResidualStream:
+    """One tensor [B, l, C] of one sender. `value` is where its receivers keep it, for instance the sender's tokens in a tensor of all."""
+
+    def __init__(self, name: Name, value: torch.Tensor, predictor: Predictor):
+        self.name = name
+        self.predictor = predictor
+        self.frames = 0
+        self.reference = Reference(value, torch.zeros(value.shape, dtype=value.dtype, device=value.device) if predictor.order == 2 else None)
+
+    @property
+    def value(self) -> torch.Tensor:
+        """What every receiver holds."""
+        return self.reference.value
+
+    def packet_bytes(self, chosen: Codec) -> int:
+        """Length of the next packet."""
+        used, order = self._used(chosen)
+        return HEADER_BYTES + self._betas(order) + used.body_bytes(tuple(self.value.shape), self.value.dtype)
+
+    def encode(self, x: torch.Tensor, chosen: Codec, moment: Moment, packet: torch.Tensor) -> None:
+        """Write a packet that brings `value` to (nearly) x; `value` changes only by `decode_`, which the sender must call as well.
+
+        `packet` uint8, at least as long as `packet_bytes` says; what is left over stays as it is.
+        """
+        used, order = self._used(chosen)
+        length = self.packet_bytes(chosen) - HEADER_BYTES
+        digest = self._digest(moment, used)
+        if order == 0 and not used.lossless:
+            self.reference.clear_()
+        betas = self._betas(order)
+        body = packet[HEADER_BYTES : HEADER_BYTES + length]
+        beta = self._fit(x) if betas else None
+        if beta is not None:
+            body[:betas] = torch.nn.functional.pad(beta, (0, betas - len(beta)))
+        finite = used.encode(x, self.reference, _scaled(beta), body[betas:])
+        flags = (DIGEST if digest else 0) | (0 if finite else NONFINITE)
+        expected = self._header(used, order, moment)
+        seal(packet, replace(expected, flags=expected.flags | flags, length=length, digest=digest))
+
+    def decode_(self, packet: torch.Tensor, chosen: Codec, moment: Moment) -> None:
+        """Take in a packet of this stream. Raises ExchangeCorrupted, NonFiniteOutput."""
+        used, order = self._used(chosen)
+        header, body = open_packet(packet, self._header(used, order, moment))
+        if header.flags & NONFINITE:
+            where = f"layer {self.name.layer}, step {moment.step}"
+            raise NonFiniteOutput(f"rank {self.name.rank} computed NaN or infinity", f"in {where}", "try float32, or a recipe with more bits")
+        if header.flags & DIGEST and header.digest != self._digest(moment, used):
+            what = f"the reference of layer {self.name.layer} differs between rank {self.name.rank} and this one at step {moment.step}"
+            raise ExchangeCorrupted(what, "both must decode the same packets to the same bits", "start the ranks again, with the same versions")
+        expected = self._betas(order) + used.body_bytes(tuple(self.value.shape), self.value.dtype)
+        if len(body) != expected:
+            raise ExchangeCorrupted(f"rank {self.name.rank}'s packet of layer {self.name.layer} has {len(body)} bytes", f"it should have {expected}")
+        if order == 0 and not used.lossless:
+            self.reference.clear_()
+        betas = self._betas(order)
+        used.decode_(self.reference, _scaled(body[: len(self.value)]) if betas else None, body[betas:])
+        self.frames += 1
+
+    def digest(self) -> int:
+        """64 bits of a hash of what every receiver holds."""
+        hashed = hashlib.blake2b(digest_size=8)
+        for part in (self.reference.value, self.reference.delta):
+            if part is not None:
+                hashed.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return int.from_bytes(hashed.digest(), "little")
+
+    def _used(self, chosen: Codec) -> tuple[Codec, int]:
+        """Codec and order of the next packet: of the first one, a keyframe's."""
+        if chosen.lossless:
+            return chosen, 0
+        return (codec(KEYFRAME_CODEC), 0) if self.frames == 0 else (chosen, self.predictor.order)
+
+    def _header(self, used: Codec, order: int, moment: Moment) -> Header:
+        batch, tokens, columns = self.value.shape
+        flags = KEYFRAME if self.frames == 0 else 0
+        dtype = DTYPES.index(self.value.dtype)
+        name = self.name
+        where = (moment.epoch, moment.step, moment.branch, name.layer, name.role, name.rank)
+        return Header(used.number, order, flags, dtype, *where, batch * tokens, columns, moment.inputs)
+
+    def _digest(self, moment: Moment, used: Codec) -> int:
+        """Every fourth step, another layer's turn each step; 0 when it is not."""
+        due = self.frames and not used.lossless and (moment.step + self.name.layer) % DIGEST_EVERY == 0
+        return self.digest() if due else 0
+
+    def _betas(self, order: int) -> int:
+        """How many bytes of the body are β: one a sample, filled up to whole 32-bit words."""
+        return -(-len(self.value) // 4) * 4 if order == 2 else 0
+
+    def _fit(self, x: torch.Tensor) -> torch.Tensor:
+        """uint8 [B]: β in sixteenths."""
+        if self.predictor.damping != ADAPTIVE:
+            return torch.full((len(x),), round(BETA_STEPS * float(self.predictor.damping)), dtype=torch.uint8)
+        delta = self.reference.delta.float().flatten(1)
+        change = (x.float() - self.reference.value.float()).flatten(1)
+        fitted = (change * delta).sum(1) / (delta * delta).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        return (fitted.nan_to_num(0.0) * BETA_STEPS).clamp(0, BETA_STEPS).round().to(torch.uint8).cpu()
+
+
+def _scaled(beta: torch.Tensor | None) -> torch.Tensor | None:
+    return None if beta is None else beta.float() / BETA_STEPS
