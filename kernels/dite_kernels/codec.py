@@ -19,7 +19,14 @@ same bytes, and the state of two ranks can be compared by hash. A sum of floats 
     r = 2^b / max(a, 2^-40);   q = round(|d| · r);   Σ |d| / c := Σ q / (r·c);   √(Σ d² / c) := √(Σ q² / c) / r        b = 15 for int1, 12 for int2
 
 An all-zero group has s = 0, and adds zero. A group with NaN or inf has s = NaN and the codes of d = 0: it poisons its own 64 elements on every rank,
-and no others. s saturates at 65504. LEVELS and t have so few bits that LEVELS·s and t·s are exact.
+and no others. s saturates at 65504. LEVELS and t have so few bits that LEVELS·s and t·s are exact. (Which NaN a NaN is, of its many bit patterns, is
+left open.)
+
+Second order: what changed last predicts what changes next, damped by β, which every rank knows. The reference is then compared where it is expected:
+
+    p = ref + β·delta;   d = x − p;   new = p + D(C(d))        delta ← new − ref;   ref ← new
+
+`new` is rounded once to ref's dtype before delta is taken from it, and delta once to the same dtype.
 """
 
 from typing import NamedTuple
@@ -43,6 +50,29 @@ class Payload(NamedTuple):
     scale: torch.Tensor
 
 
+class Prediction(NamedTuple):
+    """How the reference is expected to move on: beta fp32 [B], one for each leading index (one in all without leading dimensions); delta like the
+    reference [B, ..., n], of its dtype: the last change."""
+
+    beta: torch.Tensor
+    delta: torch.Tensor
+
+    def check(self, ref: torch.Tensor) -> None:
+        """Raise ValueError unless it belongs to `ref`."""
+        if self.delta.shape != ref.shape or self.delta.dtype != ref.dtype:
+            found, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (self.delta, ref))
+            raise ValueError(f"delta is {found} and its reference {wanted}; they must agree")
+        samples = (ref.shape[0] if ref.ndim > 1 else 1,)
+        if self.beta.shape != samples or self.beta.dtype != torch.float32:
+            raise ValueError(f"beta is {self.beta.dtype} {tuple(self.beta.shape)}; a reference of {tuple(ref.shape)} needs torch.float32 {samples}")
+
+    def of(self, ref: torch.Tensor) -> torch.Tensor:
+        """p, fp32 like `ref`."""
+        self.check(ref)
+        beta = self.beta.view(-1, *[1] * (ref.ndim - 1))
+        return ref.float() + beta * self.delta.float()
+
+
 def payload_shapes(shape: torch.Size | tuple[int, ...], kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of `codes` and `scale` for a residual of `shape`.
 
@@ -55,12 +85,13 @@ def payload_shapes(shape: torch.Size | tuple[int, ...], kind: str) -> tuple[tupl
     return (*shape[:-1], groups * GROUP * BITS[kind] // 8), (*shape[:-1], groups)
 
 
-def encode(x: torch.Tensor, ref: torch.Tensor, kind: str) -> Payload:
-    """What `x` [..., n] adds to `ref` [..., n], compressed. `ref` stays as it is: pass the payload to `decode_add_`, as every receiver does."""
+def encode(x: torch.Tensor, ref: torch.Tensor, kind: str, prediction: Prediction | None = None) -> Payload:
+    """What `x` [..., n] adds to `ref` [..., n], or to where `prediction` expects it, compressed. Their dtypes may differ. Nothing is changed: pass the
+    payload to `decode_add_`, as every receiver does. Raises ValueError for shapes that don't agree and kinds that don't exist."""
     if x.shape != ref.shape:
         raise ValueError(f"x is {tuple(x.shape)} and its reference {tuple(ref.shape)}; they must agree")
     code_shape, scale_shape = payload_shapes(x.shape, kind)
-    d = _groups(x.float() - ref.float())
+    d = _groups(x.float() - (prediction.of(ref) if prediction else ref.float()))
     largest = d.abs().amax(-1)
     finite = largest.isfinite()
     d, largest = torch.where(finite[..., None], d, 0.0), torch.where(finite, largest, 0.0)
@@ -82,9 +113,13 @@ def decode(payload: Payload, columns: int, kind: str) -> torch.Tensor:
     return (values * scale[..., None]).flatten(-2)[..., :columns]
 
 
-def decode_add_(ref: torch.Tensor, payload: Payload, kind: str) -> None:
-    """ref ← ref + D(payload), added in fp32 and rounded once to ref's dtype."""
-    ref.copy_(ref.float() + decode(payload, ref.shape[-1], kind))
+def decode_add_(ref: torch.Tensor, payload: Payload, kind: str, prediction: Prediction | None = None) -> None:
+    """ref ← ref + D(payload), added in fp32 and rounded once to ref's dtype. With `prediction` it is added to p, and delta ← the change of ref."""
+    before = prediction.of(ref) if prediction else ref.float()
+    new = (before + decode(payload, ref.shape[-1], kind)).to(ref.dtype)
+    if prediction:
+        prediction.delta.copy_(new.float() - ref.float())
+    ref.copy_(new)
 
 
 def _groups(d: torch.Tensor) -> torch.Tensor:

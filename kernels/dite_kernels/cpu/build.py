@@ -23,7 +23,8 @@ import torch  # noqa: F401 - its OpenMP runtime must be there before our library
 from dite_kernels import processor
 
 SOURCES = Path(__file__).parent / "csrc"
-MAIN = "dite_cpu.c"
+# Sources, and what each needs beside COMMON: in the codecs of residuals every product and sum is rounded, so that ranks agree to the bit.
+UNITS = {"dite_cpu.c": [], "residual.c": ["-ffp-contract=off"]}
 COMPILERS = ("gcc", "cc", "clang")
 DEADLINE_S = 300
 COMMON = ["-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11"]
@@ -115,7 +116,7 @@ def _load(level: str) -> ctypes.CDLL:
 def _compiled(level: str) -> Path:
     """The library's file, compiled unless it is there."""
     command = [*compiler(), *COMMON, *LEVELS[level][1]]
-    digest = hashlib.sha256("\0".join([*command, _version(tuple(compiler()))]).encode())
+    digest = hashlib.sha256("\0".join([*command, str(UNITS), _version(tuple(compiler()))]).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     name = f"dite_cpu_{level}_{digest.hexdigest()[:16]}.so"
@@ -136,14 +137,14 @@ def _compiled(level: str) -> Path:
 
 
 def _compile(command: list[str], output: Path) -> None:
-    """Object with OpenMP, library without its runtime if this process has one; without OpenMP where the compiler doesn't know it."""
-    unit = output.with_suffix(".o")
+    """Objects with OpenMP, library without its runtime if this process has one; without OpenMP where the compiler doesn't know it."""
+    objects = {source: str(output.parent / source) + ".o" for source in UNITS}
     failure = ""
     for threads in (["-fopenmp"], []):
-        failure = _run([*command, *threads, "-c", str(SOURCES / MAIN), "-o", str(unit)])
-        if not failure:
-            runtime = threads if not _has_runtime() else []
-            failure = _run([*compiler(), "-shared", *runtime, "-o", str(output), str(unit), "-lm"])
+        steps = [[*command, *UNITS[source], *threads, "-c", str(SOURCES / source), "-o", made] for source, made in objects.items()]
+        runtime = threads if not _has_runtime() else []
+        steps.append([*compiler(), "-shared", *runtime, "-o", str(output), *objects.values(), "-lm"])
+        failure = next(filter(None, map(_run, steps)), "")
         if not failure:
             return
     raise Unavailable(f"{command[0]} failed: {failure}")
