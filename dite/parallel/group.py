@@ -63,6 +63,7 @@ class RankGroup:
         self._group = process_group
         self._whole = whole or self
         self._lost: RankLost | None = None
+        self._owned: list[Any] = [process_group] if whole is None else whole._owned
 
     @property
     def size(self) -> int:
@@ -104,6 +105,8 @@ class RankGroup:
         for members in groups:
             process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s)) if len(members) > 1 else None
             if self.rank in members:
+                if process_group is not None:
+                    self._whole._owned.append(process_group)
                 mine = RankGroup(members, self.rank, process_group, self.timeout_s, self._whole)
         assert mine is not None, f"rank {self.rank} is in none of {groups}"
         return mine
@@ -163,11 +166,12 @@ class RankGroup:
         return [json.loads(bytes(one[:length].cpu().numpy())) for one, length in zip(self.all_gather(padded), lengths, strict=True)]
 
     def close(self) -> None:
-        """Leave: connections are closed, and ranks that still wait for this one are told so."""
+        """Leave: connections are closed, and ranks that still wait for this one are told so. The processes can meet again."""
         if self._lost is None:
             self._lost = RankLost("this group is closed", "it was left before", "parallelize again")
-        if self._whole is self and dist.is_initialized():
-            dist.destroy_process_group()
+        for process_group in self._owned:
+            dist.destroy_process_group(process_group)
+        self._owned.clear()
 
     def check(self) -> None:
         """Raises RankLost when the group has ended."""

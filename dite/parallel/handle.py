@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dite.errors import RanksDisagree, UnsupportedModel, UsageError
+from dite.errors import DiteError, RanksDisagree, UnsupportedModel, UsageError
 from dite.models.access import the_denoiser
 from dite.models.families import example_inputs
 from dite.parallel.clock import Clock
 from dite.parallel.codecs import codec as codec_named
-from dite.parallel.families import Family, family_of, layers_of
+from dite.parallel.families import Family, attentions_of, blocks_of, family_of
 from dite.parallel.group import TIMEOUT_S, RankGroup, environment_ranks
 from dite.parallel.handshake import description, shake_hands
 from dite.parallel.hooks import Hooks
 from dite.parallel.modes import Displaced, KVGather, Local, Mode, Ring, Ulysses
-from dite.parallel.runners import PipeFusion, Remembered, Runner, Slices, join_rows
+from dite.parallel.runners import CodecOf, PipeFusion, Remembered, Runner, Slices, join_rows
+from dite.parallel.simulation import Alone, Simulation
 from dite.parallel.stream import ADAPTIVE, Moment, Predictor, ResidualStream
 from dite.parallel.topology import STALE, Topology, bounds, parse
 
@@ -51,7 +52,7 @@ class Settings:
 class Parallel:
     """A model that is shared out. Undone by `close`, or at the end of a `with`."""
 
-    def __init__(self, pipe: Any, topology: Topology, settings: Settings, codec_of: Callable[[int, int], str], group: RankGroup | None):
+    def __init__(self, pipe: Any, topology: Topology, settings: Settings, codec_of: CodecOf, group: RankGroup | Alone):
         self.model = the_denoiser(pipe)
         self.topology, self.settings, self.group = topology, settings, group
         self._codec_of = codec_of
@@ -60,15 +61,15 @@ class Parallel:
         self._remembered: dict[tuple[int, int], Remembered] = {}
         self._runner: Runner | None = None
         self._steps = 0
-        if group is None:
+        self._cfg = self._tokens = None
+        if topology.world == 1:
             return
-        family = family_of(self.model)
-        self._check(family)
-        self._cfg = group.split(topology.cfg_groups()) if topology.cfg > 1 else None
-        self._tokens = group.split(topology.token_groups()) if topology.tokens > 1 else None
+        if isinstance(group, RankGroup):
+            self._cfg = group.split(topology.cfg_groups()) if topology.cfg > 1 else None
+            self._tokens = group.split(topology.token_groups()) if topology.tokens > 1 else None
         try:
-            if self._tokens is not None:
-                self._runner = self._make_runner(family)
+            if topology.tokens > 1:
+                self._runner = self._make_runner(family_of(self.model))
                 self._runner.install(self._hooks)
             self._hooks.replace(self.model, "forward", self._around)
             self._watch(pipe)
@@ -85,22 +86,21 @@ class Parallel:
     @property
     def rank(self) -> int:
         """This process's number; rank 0 is the one that should write files."""
-        return self.group.rank if self.group else 0
+        return self.group.rank
 
     def close(self) -> None:
         """Leave the pipeline as it was found, and the other ranks."""
         self._hooks.undo()
         self._remembered = {}
-        if self.group is not None:
-            self.group.close()
+        self.group.close()
 
     def stats(self) -> dict[str, Any]:
         """What this rank exchanged so far, in bytes and seconds; `bytes_raw` is the same uncompressed, in the model's dtype."""
-        traffic = asdict(self.group.traffic) if self.group else {"sent": 0, "raw": 0, "exchanges": 0, "seconds": 0.0}
+        traffic = asdict(self.group.traffic)
         return {
             "ranks": self.topology.world,
             "rank": self.rank,
-            "mode": self.settings.mode if self.group else "one device",
+            "mode": self.settings.mode if self.topology.world > 1 else "one device",
             "codec": self.settings.codec,
             "order": self.settings.predictor.order,
             "calls": self._steps,
@@ -133,20 +133,10 @@ class Parallel:
         """All that is remembered, in an order that is the same on all ranks of a group."""
         return [stream for key in sorted(self._remembered) for stream in self._remembered[key].streams()]
 
-    def _check(self, family: Family) -> None:
-        count = layers_of(self.model, family)
-        for step in (0, 1):
-            for layer in range(count):
-                codec_named(self._codec_of(step, layer))
-        if self.topology.cfg > 1 and not family.batched:
-            name = type(self.model).__name__
-            raise UnsupportedModel(f"pipelines call {name} once for each guidance branch, so cfg has nothing to share out", "use another mode")
-        if self.topology.mode in STALE and family.text is not None and self.topology.tokens > 1:
-            reason = f"text tokens take part in its attention, and would differ between the ranks of {self.topology.mode}"
-            raise UnsupportedModel(reason, "use kv_gather, ring or ulysses")
-
     def _make_runner(self, family: Family) -> Runner:
-        arguments = (self.model, family, self._tokens, self.settings.predictor, self._codec_of)
+        arguments = (self.model, family, self._tokens or self.group, self.settings.predictor, self._codec_of)
+        if isinstance(self.group, Alone):
+            return Simulation(*arguments, topology=self.topology, patches=self.settings.patches)
         if self.topology.mode == "pipefusion":
             return PipeFusion(*arguments, patches=self.settings.patches)
         return Slices(*arguments, make=self._mode_maker())
@@ -259,12 +249,16 @@ def parallelize(
     patches: int | None = None,
     timeout_s: float = TIMEOUT_S,
     probe: bool = True,
+    simulate: bool = False,
 ) -> Parallel:
     """Share a pipeline's transformer (or a bare one) out over `degree` ranks; by default over all that were started.
 
     `mode`: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product (`cfg+ring`, `ulysses+ring`); see dite.parallel.topology.
     `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, or a `Schedule` of them; `order` 0 sends values, 1 changes, 2 changes against a prediction
     damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every exchange has the deadline `timeout_s`.
+
+    With `simulate` this process computes what `degree` ranks would, one after another: to learn what a mode and a codec cost in quality. Its bytes are
+    those of all ranks together, each packet counted once.
 
     With `probe`, one call of the model without a codec is compared with one device's before anything else, and a model that differs is refused.
 
@@ -278,9 +272,11 @@ def parallelize(
     codec_of, codec_name = _codecs(codec)
     settings = Settings(mode, codec_name, predictor, patches)
     transformer = the_denoiser(pipe)
-    family = family_of(transformer) if degree > 1 else None
     if degree == 1:
-        return Parallel(pipe, topology, settings, codec_of, None)
+        return Parallel(pipe, topology, settings, codec_of, Alone())
+    refuse(transformer, topology, codec_of)
+    if simulate:
+        return Parallel(pipe, topology, settings, codec_of, Alone())
     device = next(transformer.parameters()).device
     group = RankGroup.join(degree, device, timeout_s)
     try:
@@ -293,11 +289,26 @@ def parallelize(
         raise
     group.traffic.sent = group.traffic.raw = group.traffic.exchanges = 0
     group.traffic.seconds = 0.0
-    assert family is not None
     return handle
 
 
-def _codecs(codec: Any) -> tuple[Callable[[int, int], str], str]:
+def refuse(model: nn.Module, topology: Topology, codec_of: CodecOf) -> None:
+    """Raises UnsupportedModel or UsageError for what can be known to be impossible before ranks meet."""
+    family = family_of(model)
+    for layer in range(len(attentions_of(model, family))):
+        codec_named(codec_of(1, layer))
+    if topology.cfg > 1 and not family.batched:
+        name = type(model).__name__
+        raise UnsupportedModel(f"pipelines call {name} once for each guidance branch, so cfg has nothing to share out", "use another mode")
+    if topology.mode in STALE and family.text is not None and topology.tokens > 1:
+        reason = f"text tokens take part in its attention, and would differ between the ranks of {topology.mode}"
+        raise UnsupportedModel(reason, "use kv_gather, ring or ulysses")
+    blocks = len(blocks_of(model, family))
+    if topology.mode == "pipefusion" and blocks < topology.tokens:
+        raise UnsupportedModel(f"{blocks} blocks can't be shared out over {topology.tokens} ranks", f"use at most {blocks} ranks")
+
+
+def _codecs(codec: Any) -> tuple[CodecOf, str]:
     if isinstance(codec, str):
         codec_named(codec)
         return (lambda step, layer: codec), codec
@@ -317,6 +328,10 @@ def _probe(pipe: Any, topology: Topology, settings: Settings, group: RankGroup) 
     handle = Parallel(model, topology, settings, lambda step, layer: "none", group)
     try:
         got = model(**inputs)[0]
+    except DiteError:
+        raise
+    except Exception as error:  # whatever a model may trip over when it gets some of its tokens
+        raise UnsupportedModel(f"{type(model).__name__} fails when its tokens are shared out: {error}", "use it on one device") from error
     finally:
         handle._hooks.undo()
     error = float((got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))

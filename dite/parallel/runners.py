@@ -12,7 +12,7 @@ from torch import nn
 from dite.errors import UnsupportedModel
 from dite.parallel.attention import Attention, heads, tokens
 from dite.parallel.codecs import codec
-from dite.parallel.families import Family, attentions_of, blocks_of
+from dite.parallel.families import Family, blocks_of
 from dite.parallel.group import Pending, RankGroup
 from dite.parallel.hooks import Hooks
 from dite.parallel.modes import FINAL, PATCH, Gathered, Mode, Shared, Turn, read, wire_bytes, write
@@ -124,11 +124,7 @@ class PipeFusion(Runner):
 
     def __init__(self, *arguments: Any, patches: int | None = None):
         super().__init__(*arguments)
-        if self.family.text is not None:
-            raise UnsupportedModel("text tokens take part in attention, and pipefusion's patches are of the image alone", "use kv_gather, ring or ulysses")
         blocks = blocks_of(self.model, self.family)
-        if len(blocks) < self.group.size:
-            raise UnsupportedModel(f"{len(blocks)} blocks can't be shared out over {self.group.size} ranks", f"use at most {len(blocks)} ranks")
         self.patches = patches or 2 * self.group.size
         self.blocks = bounds(len(blocks), self.group.size)[self.group.index]
         self._patch = 0
@@ -269,8 +265,3 @@ def broadcast_rows(group: RankGroup, x: torch.Tensor, moment: Moment) -> torch.T
 def _skip(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     """In place of a block that another rank has."""
     return hidden_states
-
-
-def layers_of(model: nn.Module, family: Family) -> int:
-    """How many attentions exchange something."""
-    return len(attentions_of(model, family))

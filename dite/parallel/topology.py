@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dite.errors import UsageError, did_you_mean
 
@@ -68,7 +69,7 @@ def bounds(count: int, parts: int) -> list[tuple[int, int]]:
     """
     small, more = divmod(count, parts)
     edges = [part * small + min(part, more) for part in range(parts + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def parse(text: str, degree: int) -> Topology:
