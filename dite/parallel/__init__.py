@@ -1,0 +1,1 @@
+"""Inference on several devices: what they exchange, how it is compressed, and what it costs."""
