@@ -98,7 +98,9 @@ def attention_with_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: 
     """(softmax(q·kᵀ·scale + mask)·v, log Σ exp), the latter fp32 [B, H, Lq]. torch's own kernels where they give it, else in fp32."""
     added = None
     if mask is not None:
-        added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(q.dtype)
+        added = mask.to(q.dtype)
+        if mask.dtype == torch.bool:
+            added = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=scale)
     scores = q.float() @ k.float().transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)

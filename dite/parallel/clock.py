@@ -1,7 +1,7 @@
 """Which request, guidance branch and step a call of the model belongs to: the key of everything that is remembered between steps.
 
-A pipeline says where a request begins by calling `scheduler.set_timesteps`; a bare model's begins when the timestep goes up again. A branch is what the
-pipeline names in `cache_context`; else calls with one timestep are the branches of one step.
+A pipeline says where a request begins by calling `scheduler.set_timesteps`; a bare model's begins when the timestep goes up again. A branch is what
+the pipeline names in `cache_context`; else calls with one timestep are the branches of one step.
 """
 
 from __future__ import annotations

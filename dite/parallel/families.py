@@ -30,8 +30,8 @@ class Rows:
 class Family:
     """`split` says where rows are chosen, `join` whose output has its rows put together again; `attentions` and `blocks` are lists of modules.
 
-    `text`: where joint attention has the text's tokens, "first" or "last"; None without them. `batched`: whether pipelines call the model once for both
-    guidance branches.
+    `text`: where joint attention has the text's tokens, "first" or "last"; None without them. `batched`: whether pipelines call the model once for
+    both guidance branches.
     """
 
     split: tuple[Rows, ...]

@@ -254,11 +254,12 @@ def parallelize(
     """Share a pipeline's transformer (or a bare one) out over `degree` ranks; by default over all that were started.
 
     `mode`: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product (`cfg+ring`, `ulysses+ring`); see dite.parallel.topology.
-    `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, or a `Schedule` of them; `order` 0 sends values, 1 changes, 2 changes against a prediction
-    damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every exchange has the deadline `timeout_s`.
+    `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, or a `Schedule` of them; `order` 0 sends values, 1 changes, 2 changes against a
+    prediction damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every exchange has the deadline
+    `timeout_s`.
 
-    With `simulate` this process computes what `degree` ranks would, one after another: to learn what a mode and a codec cost in quality. Its bytes are
-    those of all ranks together, each packet counted once.
+    With `simulate` this process computes what `degree` ranks would, one after another: to learn what a mode and a codec cost in quality. Its bytes
+    are those of all ranks together, each packet counted once.
 
     With `probe`, one call of the model without a codec is compared with one device's before anything else, and a model that differs is refused.
 

@@ -1,4 +1,4 @@
-"""What ranks that hold different tokens exchange in an attention. One class for each mode; each attention layer has one object, which keeps its streams.
+"""What ranks that hold different tokens exchange in an attention. One class a mode; each attention layer has one object, which keeps its streams.
 
 Shapes: B batch, H heads, D head size, C = H·D, L tokens of the image, l of them this rank's, T text tokens, W ranks of the group.
 """

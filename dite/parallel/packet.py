@@ -78,8 +78,8 @@ def open_packet(packet: torch.Tensor, expected: Header) -> tuple[Header, torch.T
             "give all ranks the same seed, as generator=torch.Generator().manual_seed(0), and the same conditions",
         )
     if header != wanted:
-        wrong = [f"{name} is {got}, not {want}" for (name, got), want in zip(header.fields().items(), wanted.fields().values(), strict=True) if got != want]
-        raise _corrupted(expected, "; ".join(wrong))
+        pairs = zip(header.fields().items(), wanted.fields().values(), strict=True)
+        raise _corrupted(expected, "; ".join(f"{name} is {got}, not {want}" for (name, got), want in pairs if got != want))
     if (header.flags ^ expected.flags) & KEYFRAME:
         raise _corrupted(expected, "one side holds it for a keyframe, the other doesn't")
     return header, packet[HEADER_BYTES : HEADER_BYTES + header.length]

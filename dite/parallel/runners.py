@@ -116,8 +116,8 @@ def join_rows(group: RankGroup, x: torch.Tensor, parts: list[Range], moment: Mom
 
 
 class PipeFusion(Runner):
-    """Each rank has some of the blocks; patches flow through them. A patch sees the keys and values that earlier patches left behind in this step, and
-    those of the step before of later ones. In the first step of a request all tokens go as one patch.
+    """Each rank has some of the blocks; patches flow through them. A patch sees the keys and values that earlier patches left behind in this step,
+    and those of the step before of later ones. In the first step of a request all tokens go as one patch.
 
     Unlike the paper's own, the pipeline empties after each step, because the pipeline's loop wants the whole of a step's output.
     """

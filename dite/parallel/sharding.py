@@ -95,7 +95,7 @@ def _caught(module: nn.Module, family: Family, attend: Callable, taken: Callable
 def _described(call: tuple, family: Family, mine: int) -> Attention:
     q, k, v, mask, scale = call
     text = k.shape[2] - mine
-    if text and family.text is None or text < 0 or q.shape[2] != k.shape[2]:
+    if (text and family.text is None) or text < 0 or q.shape[2] != k.shape[2]:
         raise UnsupportedModel(
             f"an attention has {q.shape[2]} queries and {k.shape[2]} keys where this rank holds {mine} tokens", "use the model on one device"
         )

@@ -1,6 +1,7 @@
 """What several ranks would compute, in one process: the same schedule and the same codecs, and attention written out plainly.
 
-Everything but attention is done token by token, so that only attention, and what crosses from stage to stage in pipefusion, depends on who holds what.
+Everything but attention is done token by token, so that only attention, and what crosses from stage to stage in pipefusion, depends on who holds
+what.
 This is the oracle of the modes, and the way to learn what a mode costs in quality without the devices.
 """
 

@@ -36,14 +36,15 @@ class Predictor:
 
     def __post_init__(self):
         if self.order not in (0, 1, 2):
-            raise UsageError(f"no residual order {self.order}", "0 sends values, 1 their change, 2 what a straight line doesn't foretell", "use 0, 1 or 2")
+            rule = "0 sends values, 1 their change, 2 what a straight line doesn't foretell"
+            raise UsageError(f"no residual order {self.order}", rule, "use 0, 1 or 2")
         if self.damping != ADAPTIVE and not (isinstance(self.damping, float | int) and 0 <= self.damping <= 1):
             raise UsageError(f"damping {self.damping!r} can't be used", "it is a number from 0 to 1, or adaptive", "use adaptive")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Which call of the model this is: of which request (epoch), of which guidance branch, and the how-manieth of that; and a checksum of its inputs."""
+    """Which call of the model this is: of which request (epoch), of which guidance branch, the how-manieth of that; and a checksum of its inputs."""
 
     epoch: int
     branch: int
@@ -86,7 +87,7 @@ class ResidualStream:
         """
         used, order = self._used(chosen)
         length = self.packet_bytes(chosen) - HEADER_BYTES
-        digest = self._digest(moment, used)
+        digest = self._digest(moment, order)
         if order == 0 and not used.lossless:
             self.reference.clear_()
         betas = self._betas(order)
@@ -106,7 +107,7 @@ class ResidualStream:
         if header.flags & NONFINITE:
             where = f"layer {self.name.layer}, step {moment.step}"
             raise NonFiniteOutput(f"rank {self.name.rank} computed NaN or infinity", f"in {where}", "try float32, or a recipe with more bits")
-        if header.flags & DIGEST and header.digest != self._digest(moment, used):
+        if header.flags & DIGEST and header.digest != self._digest(moment, order):
             what = f"the reference of layer {self.name.layer} differs between rank {self.name.rank} and this one at step {moment.step}"
             raise ExchangeCorrupted(what, "both must decode the same packets to the same bits", "start the ranks again, with the same versions")
         expected = self._betas(order) + used.body_bytes(tuple(self.value.shape), self.value.dtype)
@@ -134,15 +135,15 @@ class ResidualStream:
 
     def _header(self, used: Codec, order: int, moment: Moment) -> Header:
         batch, tokens, columns = self.value.shape
-        flags = KEYFRAME if self.frames == 0 else 0
+        flags = KEYFRAME if self.frames == 0 and not used.lossless else 0
         dtype = DTYPES.index(self.value.dtype)
         name = self.name
         where = (moment.epoch, moment.step, moment.branch, name.layer, name.role, name.rank)
         return Header(used.number, order, flags, dtype, *where, batch * tokens, columns, moment.inputs)
 
-    def _digest(self, moment: Moment, used: Codec) -> int:
-        """Every fourth step, another layer's turn each step; 0 when it is not."""
-        due = self.frames and not used.lossless and (moment.step + self.name.layer) % DIGEST_EVERY == 0
+    def _digest(self, moment: Moment, order: int) -> int:
+        """Every fourth step, another layer's turn each step; 0 when it is not, or when the reference doesn't matter."""
+        due = order and (moment.step + self.name.layer) % DIGEST_EVERY == 0
         return self.digest() if due else 0
 
     def _betas(self, order: int) -> int:
