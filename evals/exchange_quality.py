@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import dite
-from dite.models.load import load_pipeline
-from dite.parallel.handle import parallelize
 from dite.sampling import Sample, SampleSettings, class_ids, sample, sample_seed
 from dite_evals.fidelity import PairedFidelity
 from dite_evals.protocols import balanced
@@ -53,7 +51,7 @@ def main() -> None:
     document = json.loads(arguments.out.read_text()) if arguments.out.exists() else start(arguments)
     if document["configuration"] != configuration(arguments):
         sys.exit(f"{arguments.out} was made with {document['configuration']}; choose another --out, or remove it")
-    pipe = load_pipeline(arguments.model)
+    pipe = dite.load(arguments.model)
     baselines: dict[int, list[Sample]] = {}
     for case in cases(arguments.steps):
         if not any(all(row[key] == case[key] for key in KEYS) for row in document["rows"]):
@@ -64,14 +62,14 @@ def main() -> None:
     for case in fid_cases() if arguments.fid else ():
         row = next(row for row in document["rows"] if all(row[key] == case[key] for key in KEYS))
         if "fid" not in row:
-            with handle(load := load_pipeline(arguments.model, dtype="bfloat16"), case):
-                found = dite.evaluate(load, "cifar10-5k", n=arguments.fid)
+            with handle(narrow := dite.load(arguments.model, dtype="bfloat16"), case):
+                found = dite.evaluate(narrow, "cifar10-5k", n=arguments.fid)
             row["fid"] = {key: found[key] for key in ("fid", "n", "interval")}
             save(arguments.out, document)
 
 
 def handle(pipe: Any, case: dict[str, Any]) -> Any:
-    return parallelize(pipe, case["ranks"], case["mode"], case["codec"], order=case["order"], damping=case["damping"], simulate=True)
+    return dite.parallelize(pipe, case["ranks"], case["mode"], case["codec"], order=case["order"], damping=case["damping"], simulate=True)
 
 
 def measure(pipe: Any, case: dict[str, Any], baseline: list[Sample]) -> dict[str, Any]:

@@ -13,15 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dite.errors import RankLost, UsageError
+from dite.parallel.launch import RENDEZVOUS, environment_ranks
 
-RENDEZVOUS = "DITE_RENDEZVOUS"  # a file in an empty folder, through which the ranks of --nproc meet
 TIMEOUT_S = 60.0
 
 
@@ -39,13 +38,6 @@ class Traffic:
         self.sent += sent
         self.raw += raw
         self.exchanges += 1
-
-
-def environment_ranks() -> tuple[int, int] | None:
-    """(rank, world size) that --nproc or torchrun gave this process; None for a process that was started alone."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class RankGroup:
@@ -213,11 +205,6 @@ class Pending:
                 work.wait()
         self._sent = None
         return self._received
-
-
-def rendezvous_file(folder: Path) -> str:
-    """Where the ranks of --nproc meet."""
-    return str(folder / "ranks")
 
 
 def _first_line(error: Exception) -> str:

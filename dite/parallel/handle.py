@@ -25,9 +25,10 @@ from dite.models.families import example_inputs
 from dite.parallel.clock import Clock
 from dite.parallel.codecs import codec as codec_named
 from dite.parallel.families import Family, attentions_of, blocks_of, family_of
-from dite.parallel.group import TIMEOUT_S, RankGroup, environment_ranks
+from dite.parallel.group import TIMEOUT_S, RankGroup
 from dite.parallel.handshake import description, shake_hands
 from dite.parallel.hooks import Hooks
+from dite.parallel.launch import environment_ranks
 from dite.parallel.modes import Displaced, KVGather, Local, Mode, Ring, Ulysses
 from dite.parallel.runners import CodecOf, PipeFusion, Remembered, Runner, Slices, join_rows
 from dite.parallel.simulation import Alone, Simulation
@@ -72,6 +73,7 @@ class Parallel:
                 self._runner = self._make_runner(family_of(self.model))
                 self._runner.install(self._hooks)
             self._hooks.replace(self.model, "forward", self._around)
+            self._hooks.mark(self.model, "dite_exchange", {"ranks": topology.world, **asdict(settings)})
             self._watch(pipe)
         except BaseException:
             self._hooks.undo()
@@ -273,6 +275,8 @@ def parallelize(
     codec_of, codec_name = _codecs(codec)
     settings = Settings(mode, codec_name, predictor, patches)
     transformer = the_denoiser(pipe)
+    if hasattr(transformer, "dite_exchange"):
+        raise UsageError("this model is shared out already", f"by {transformer.dite_exchange['mode']}", "close its handle first")
     if degree == 1:
         return Parallel(pipe, topology, settings, codec_of, Alone())
     refuse(transformer, topology, codec_of)
