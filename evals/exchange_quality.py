@@ -51,7 +51,7 @@ def main() -> None:
     document = json.loads(arguments.out.read_text()) if arguments.out.exists() else start(arguments)
     if document["configuration"] != configuration(arguments):
         sys.exit(f"{arguments.out} was made with {document['configuration']}; choose another --out, or remove it")
-    pipe = dite.load(arguments.model)
+    pipe = dite.load(arguments.model, dtype="float32")
     baselines: dict[int, list[Sample]] = {}
     for case in cases(arguments.steps):
         if not any(all(row[key] == case[key] for key in KEYS) for row in document["rows"]):
