@@ -13,7 +13,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch import nn
 from dite.errors import DiteError, RanksDisagree, UnsupportedModel, UsageError
 from dite.models.access import the_denoiser
 from dite.models.families import example_inputs
+from dite.parallel.adaptive import START, Adaptive
+from dite.parallel.budget import Profile
 from dite.parallel.clock import Clock
 from dite.parallel.codecs import codec as codec_named
 from dite.parallel.families import Family, attentions_of, blocks_of, family_of
@@ -31,10 +33,12 @@ from dite.parallel.hooks import Hooks
 from dite.parallel.launch import environment_ranks
 from dite.parallel.modes import Displaced, KVGather, Local, Mode, Ring, Ulysses
 from dite.parallel.runners import CodecOf, PipeFusion, Remembered, Runner, Slices, join_rows
+from dite.parallel.schedule import Schedule
 from dite.parallel.simulation import Alone, Simulation
 from dite.parallel.stream import ADAPTIVE, Moment, Predictor, ResidualStream
 from dite.parallel.topology import STALE, Topology, bounds, parse
 
+AUTO = "auto"
 SAMPLED = 4096
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 SIMPLE_MODES = {"kv_gather": KVGather, "ring": Ring, "displaced": Displaced}
@@ -56,7 +60,8 @@ class Parallel:
     def __init__(self, pipe: Any, topology: Topology, settings: Settings, codec_of: CodecOf, group: RankGroup | Alone):
         self.model = the_denoiser(pipe)
         self.topology, self.settings, self.group = topology, settings, group
-        self._codec_of = codec_of
+        self._adaptive = Adaptive(group, self._layers()) if settings.codec == AUTO and isinstance(group, RankGroup) else None
+        self._codec_of = self._adaptive.codec_of if self._adaptive else codec_of
         self._clock = Clock()
         self._hooks = Hooks()
         self._remembered: dict[tuple[int, int], Remembered] = {}
@@ -112,6 +117,18 @@ class Parallel:
             "seconds_waited": traffic["seconds"],
         }
 
+    def schedule(self) -> Schedule:
+        """With codec "auto": what the last request was drawn with; given as `codec`, it draws the same again."""
+        if self._adaptive is None:
+            raise UsageError("there is no schedule to replay", f"codec {self.settings.codec} does not depend on the link", "use codec='auto'")
+        return self._adaptive.schedule()
+
+    def profile(self) -> Profile:
+        """With `simulate`: what changed in the last request, step by step and layer by layer, for `dite.parallel.budget.allocate`."""
+        if not isinstance(self._runner, Simulation):
+            raise UsageError("there is no profile here", "changes are recorded by a simulation", "use simulate=True")
+        return self._runner.changes.profile(self.topology.tokens)
+
     def reset(self) -> None:
         """Begin a request anew, as pipelines do by `scheduler.set_timesteps`: the next exchange is a keyframe."""
         self._clock.restart()
@@ -134,6 +151,9 @@ class Parallel:
     def streams(self) -> list[ResidualStream]:
         """All that is remembered, in an order that is the same on all ranks of a group."""
         return [stream for key in sorted(self._remembered) for stream in self._remembered[key].streams()]
+
+    def _layers(self) -> int:
+        return len(attentions_of(self.model, family_of(self.model)))
 
     def _make_runner(self, family: Family) -> Runner:
         arguments = (self.model, family, self._tokens or self.group, self.settings.predictor, self._codec_of)
@@ -210,9 +230,15 @@ class Parallel:
             def call() -> Any:
                 return forward(*bound.args[1:], **bound.kwargs)
 
+            if self._adaptive:
+                self._adaptive.begin(moment)
             with torch.no_grad():
                 result = call() if self._runner is None else self._runner.call(call, moment, remembered)
-                return result if rows is None else self._join_batch(result, rows, moment)
+                if rows is not None:
+                    result = self._join_batch(result, rows, moment)
+            if self._adaptive:
+                self._adaptive.after(moment, remembered.streams(), self.model.dtype.itemsize)
+            return result
 
         return shared
 
@@ -256,9 +282,9 @@ def parallelize(
     """Share a pipeline's transformer (or a bare one) out over `degree` ranks; by default over all that were started.
 
     `mode`: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product (`cfg+ring`, `ulysses+ring`); see dite.parallel.topology.
-    `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, or a `Schedule` of them; `order` 0 sends values, 1 changes, 2 changes against a
-    prediction damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every exchange has the deadline
-    `timeout_s`.
+    `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, a `Schedule` of them, or "auto", which follows the link; `order` 0 sends values, 1
+    changes, 2 changes against a prediction damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every exchange
+    has the deadline `timeout_s`.
 
     With `simulate` this process computes what `degree` ranks would, one after another: to learn what a mode and a codec cost in quality. Its bytes
     are those of all ranks together, each packet counted once.
@@ -314,6 +340,8 @@ def refuse(model: nn.Module, topology: Topology, codec_of: CodecOf) -> None:
 
 
 def _codecs(codec: Any) -> tuple[CodecOf, str]:
+    if codec == AUTO:
+        return (lambda step, layer: START), AUTO
     if isinstance(codec, str):
         codec_named(codec)
         return (lambda step, layer: codec), codec
@@ -330,7 +358,7 @@ def _probe(pipe: Any, topology: Topology, settings: Settings, group: RankGroup) 
     if topology.cfg > 1:
         inputs = {name: _repeat(value, topology.cfg) for name, value in inputs.items()}
     expected = model(**inputs)[0]
-    handle = Parallel(model, topology, settings, lambda step, layer: "none", group)
+    handle = Parallel(model, topology, replace(settings, codec="none"), lambda step, layer: "none", group)
     try:
         got = model(**inputs)[0]
     except DiteError:
