@@ -110,7 +110,7 @@ def _supports(model: Any, refusal: str | None) -> dict[str, dict[str, Any]]:
 
 def _parallel_supports(model: Any) -> dict[str, dict[str, Any]]:
     """`parallelize`, and each of its modes."""
-    from dite.parallel.handle import refuse
+    from dite.parallel.checks import refuse
     from dite.parallel.topology import MODES, parse
 
     found = {}

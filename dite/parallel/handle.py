@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dite.errors import DiteError, RanksDisagree, UnsupportedModel, UsageError
+from dite.errors import RanksDisagree, UsageError
 from dite.models.access import the_denoiser
-from dite.models.families import example_inputs
 from dite.parallel.adaptive import START, Adaptive
 from dite.parallel.budget import Profile
+from dite.parallel.checks import compare_with_one_device, refuse
 from dite.parallel.clock import Clock
 from dite.parallel.codecs import codec as codec_named
-from dite.parallel.families import Family, attentions_of, blocks_of, family_of
+from dite.parallel.families import Family, attentions_of, family_of
 from dite.parallel.group import TIMEOUT_S, RankGroup
 from dite.parallel.handshake import description, shake_hands
 from dite.parallel.hooks import Hooks
@@ -36,11 +36,10 @@ from dite.parallel.runners import CodecOf, PipeFusion, Remembered, Runner, Slice
 from dite.parallel.schedule import Schedule
 from dite.parallel.simulation import Alone, Simulation
 from dite.parallel.stream import ADAPTIVE, Moment, Predictor, ResidualStream
-from dite.parallel.topology import STALE, Topology, bounds, parse
+from dite.parallel.topology import Topology, bounds, parse
 
 AUTO = "auto"
 SAMPLED = 4096
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 SIMPLE_MODES = {"kv_gather": KVGather, "ring": Ring, "displaced": Displaced}
 
 
@@ -282,9 +281,9 @@ def parallelize(
     """Share a pipeline's transformer (or a bare one) out over `degree` ranks; by default over all that were started.
 
     `mode`: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product (`cfg+ring`, `ulysses+ring`); see dite.parallel.topology.
-    `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, a `Schedule` of them, or "auto", which follows the link; `order` 0 sends values, 1
-    changes, 2 changes against a prediction damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every exchange
-    has the deadline `timeout_s`.
+    `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, a `Schedule` of them, or "auto", which follows the link. `order` 0 sends values, 1
+    changes, 2 changes against a prediction damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every
+    exchange has the deadline `timeout_s`.
 
     With `simulate` this process computes what `degree` ranks would, one after another: to learn what a mode and a codec cost in quality. Its bytes
     are those of all ranks together, each packet counted once.
@@ -313,7 +312,7 @@ def parallelize(
     try:
         shake_hands(group, description(transformer) | {"settings": asdict(settings), "topology": asdict(topology)})
         if probe:
-            _probe(pipe, topology, settings, group)
+            compare_with_one_device(transformer, topology, lambda: _plainly(transformer, topology, settings, group))
         handle = Parallel(pipe, topology, settings, codec_of, group)
     except BaseException:
         group.close()
@@ -323,20 +322,14 @@ def parallelize(
     return handle
 
 
-def refuse(model: nn.Module, topology: Topology, codec_of: CodecOf) -> None:
-    """Raises UnsupportedModel or UsageError for what can be known to be impossible before ranks meet."""
-    family = family_of(model)
-    for layer in range(len(attentions_of(model, family))):
-        codec_named(codec_of(1, layer))
-    if topology.cfg > 1 and not family.batched:
-        name = type(model).__name__
-        raise UnsupportedModel(f"pipelines call {name} once for each guidance branch, so cfg has nothing to share out", "use another mode")
-    if topology.mode in STALE and family.text is not None and topology.tokens > 1:
-        reason = f"text tokens take part in its attention, and would differ between the ranks of {topology.mode}"
-        raise UnsupportedModel(reason, "use kv_gather, ring or ulysses")
-    blocks = len(blocks_of(model, family))
-    if topology.mode == "pipefusion" and blocks < topology.tokens:
-        raise UnsupportedModel(f"{blocks} blocks can't be shared out over {topology.tokens} ranks", f"use at most {blocks} ranks")
+@contextmanager
+def _plainly(model: nn.Module, topology: Topology, settings: Settings, group: RankGroup) -> Iterator[None]:
+    """Shared out without a codec; the group stays open."""
+    handle = Parallel(model, topology, replace(settings, codec="none"), lambda step, layer: "none", group)
+    try:
+        yield
+    finally:
+        handle._hooks.undo()
 
 
 def _codecs(codec: Any) -> tuple[CodecOf, str]:
@@ -346,41 +339,6 @@ def _codecs(codec: Any) -> tuple[CodecOf, str]:
         codec_named(codec)
         return (lambda step, layer: codec), codec
     return codec.codec, f"schedule {codec.digest}"
-
-
-@torch.no_grad()
-def _probe(pipe: Any, topology: Topology, settings: Settings, group: RankGroup) -> None:
-    """Refuse a model whose shared-out result is not one device's."""
-    model = the_denoiser(pipe)
-    inputs = example_inputs(model)
-    if inputs is None:
-        return
-    if topology.cfg > 1:
-        inputs = {name: _repeat(value, topology.cfg) for name, value in inputs.items()}
-    expected = model(**inputs)[0]
-    handle = Parallel(model, topology, replace(settings, codec="none"), lambda step, layer: "none", group)
-    try:
-        got = model(**inputs)[0]
-    except DiteError:
-        raise
-    except Exception as error:  # whatever a model may trip over when it gets some of its tokens
-        raise UnsupportedModel(f"{type(model).__name__} fails when its tokens are shared out: {error}", "use it on one device") from error
-    finally:
-        handle._hooks.undo()
-    error = float((got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
-    limit = TOLERANCE.get(model.dtype, 5e-2)
-    if not error <= limit:
-        raise UnsupportedModel(
-            f"shared out over {topology.world} ranks by {settings.mode}, {type(model).__name__} gives another result",
-            "use it on one device",
-            what=f"relative difference {error:.1e}, where rounding allows {limit:.0e}",
-        )
-
-
-def _repeat(value: Any, count: int) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _repeat(one, count) for name, one in value.items()}
-    return torch.cat([value] * count) if isinstance(value, torch.Tensor) and value.ndim else value
 
 
 def _cut(value: Any, count: int, first: int, last: int) -> Any:
