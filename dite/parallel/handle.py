@@ -123,10 +123,17 @@ class Parallel:
         return self._adaptive.schedule()
 
     def profile(self) -> Profile:
-        """With `simulate`: what changed in the last request, step by step and layer by layer, for `dite.parallel.budget.allocate`."""
+        """With `simulate`: how much of keys and values changed so far, by step and layer, for `dite.parallel.budget.allocate`."""
+        return self._simulated().changes.profile(self.topology.tokens)
+
+    def changes(self) -> dict[str, list[list[float]]]:
+        """With `simulate`: `change` ‖Δ‖/‖x‖ of keys and values, and `correlation` of successive changes, [step][layer] from the second step on."""
+        return self._simulated().changes.table()
+
+    def _simulated(self) -> Simulation:
         if not isinstance(self._runner, Simulation):
-            raise UsageError("there is no profile here", "changes are recorded by a simulation", "use simulate=True")
-        return self._runner.changes.profile(self.topology.tokens)
+            raise UsageError("changes were not recorded", "a simulation does that", "use simulate=True")
+        return self._runner
 
     def reset(self) -> None:
         """Begin a request anew, as pipelines do by `scheduler.set_timesteps`: the next exchange is a keyframe."""
