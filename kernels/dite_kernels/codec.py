@@ -86,8 +86,8 @@ def payload_shapes(shape: torch.Size | tuple[int, ...], kind: str) -> tuple[tupl
 
 
 def encode(x: torch.Tensor, ref: torch.Tensor, kind: str, prediction: Prediction | None = None) -> Payload:
-    """What `x` [..., n] adds to `ref` [..., n], or to where `prediction` expects it, compressed. Their dtypes may differ. Nothing is changed: pass the
-    payload to `decode_add_`, as every receiver does. Raises ValueError for shapes that don't agree and kinds that don't exist."""
+    """What `x` [..., n] adds to `ref` [..., n], or to where `prediction` expects it, compressed. Their dtypes may differ. Neither is changed: pass
+    the payload to `decode_add_`, as every receiver does. Raises ValueError for shapes that don't agree and kinds that don't exist."""
     if x.shape != ref.shape:
         raise ValueError(f"x is {tuple(x.shape)} and its reference {tuple(ref.shape)}; they must agree")
     code_shape, scale_shape = payload_shapes(x.shape, kind)

@@ -1,12 +1,14 @@
 /* The residual codecs of dite_kernels/codec.py, which has their formulas, byte for byte; one pass over memory.
 
    Every product and sum must be rounded by itself here: this file is compiled on its own, with -ffp-contract=off. What a group of 64 needs is in
-   residual_avx512.h, or in plain loops in residual_plain.h that compilers vectorise; this file has what a group does once, and shares groups out. */
+   residual_avx512.h, residual_avx2.h, or in loops that compilers vectorise, residual_plain.h; this file has what a group does once, and shares groups out. */
 
 #include "residual.h"
 
 #ifdef __AVX512BW__
 #include "residual_avx512.h"
+#elif defined(__AVX2__) && defined(__F16C__)
+#include "residual_avx2.h"
 #else
 #include "residual_plain.h"
 #endif
@@ -20,7 +22,7 @@ INLINE uint16_t scale_of(const Values *d, float largest, int count, int bits) {
         float scale = largest / (float)((1 << (bits - 1)) - 1);
         scale = scale < HALF_MAX ? scale : HALF_MAX;
         uint16_t half = to_half(scale);
-        return from_half(half) < scale ? half + 1 : half; /* bits of positive halves are ordered like the numbers */
+        return half + (from_half(half) < scale); /* bits of positive halves are ordered like the numbers; no branch, half of them would be missed */
     }
     float step = (bits == 2 ? 0x1p12f : 0x1p15f) / (largest > SMALLEST ? largest : SMALLEST);
     float sum = (float)whole_sum(d, step, bits == 2), scale = bits == 2 ? sqrtf(sum / (float)count) / step : sum / (step * (float)count);
