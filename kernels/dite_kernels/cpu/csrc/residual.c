@@ -42,10 +42,11 @@ INLINE Values prediction(const Residual *r, const Group *at, const Values *ref, 
     return r->delta ? predicted(ref, delta, at->beta) : *ref;
 }
 
+/* Beyond `count` everything is zero, and so is d; but for a beta that is not finite, and poisons the group as it is. */
 INLINE void encode_group(const Residual *r, Group at, int bits, int count) {
     Values ref = load(at.ref, r->ref_type, count), delta;
     if (r->delta) delta = load(at.delta, r->ref_type, count);
-    Values x = load(at.x, r->x_type, count), from = prediction(r, &at, &ref, &delta), d = difference(&x, &from, count);
+    Values x = load(at.x, r->x_type, count), from = prediction(r, &at, &ref, &delta), d = difference(&x, &from);
     int32_t largest = largest_bits(&d);
     int finite = largest < 0x7f800000;
     if (!finite) {
@@ -67,7 +68,7 @@ INLINE void decode_group(const Residual *r, Group at, int bits, int count) {
     Values from = prediction(r, &at, &ref, &delta), new = sum_with_codes(&from, at.codes, from_half(half), bits);
     Values held = store(at.ref, r->ref_type, &new, count);
     if (r->delta) {
-        Values change = difference(&held, &ref, count);
+        Values change = difference(&held, &ref);
         store(at.delta, r->ref_type, &change, count);
     }
 }

@@ -70,15 +70,9 @@ INLINE Values predicted(const Values *ref, const Values *delta, float beta) {
     return v;
 }
 
-/* a - b, zero where there is nothing. */
-INLINE Values difference(const Values *a, const Values *b, int count) {
+INLINE Values difference(const Values *a, const Values *b) {
     Values v;
-    EACH {
-        v.part[i] = _mm256_sub_ps(a->part[i], b->part[i]);
-        if (count == GROUP) continue;
-        __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(count - 8 * i), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-        v.part[i] = _mm256_and_ps(v.part[i], _mm256_castsi256_ps(inside));
-    }
+    EACH v.part[i] = _mm256_sub_ps(a->part[i], b->part[i]);
     return v;
 }
 
