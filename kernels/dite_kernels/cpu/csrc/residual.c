@@ -129,9 +129,10 @@ WORK(decode4, 4, 1)
 WORK(decode2, 2, 1)
 WORK(decode1, 1, 1)
 
+/* In more parts than threads: others may be using a core. */
 static void share_out(const Residual *r, Work *work) {
-    int64_t total = r->samples * r->tokens * divide_up(r->columns, GROUP), parts = r->threads;
-#pragma omp parallel for num_threads(r->threads) schedule(static) if (parts > 1)
+    int64_t total = r->samples * r->tokens * divide_up(r->columns, GROUP), parts = r->threads > 1 ? 4 * r->threads : 1;
+#pragma omp parallel for num_threads(r->threads) schedule(dynamic, 1) if (parts > 1)
     for (int64_t part = 0; part < parts; part++) work(r, total * part / parts, total * (part + 1) / parts);
 }
 
