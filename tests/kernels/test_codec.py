@@ -9,7 +9,7 @@ from dite_kernels import codec
 from dite_kernels.codec import Prediction
 
 KINDS = list(codec.BITS)
-MOST_ERROR = {"int8": 0.02, "int4": 0.2, "int2": 0.75, "int1": 1.0}  # relative, of short groups too, and of the ones whose largest is 4.5 deviations out
+MOST_ERROR = {"int8": 0.02, "int4": 0.2, "int2": 0.75, "int1": 1.0}  # relative, of short groups too, and of the ones with outliers
 NORMAL_ERROR = {"int8": 0.006, "int4": 0.11, "int2": 0.34, "int1": 0.61}  # of many normal numbers
 
 
