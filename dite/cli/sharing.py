@@ -10,6 +10,8 @@ from typing import Any
 
 from dite.errors import UsageError
 from dite.parallel.launch import environment_ranks, start_ranks
+from dite.parallel.rates import parse_codec
+from dite.parallel.schedule import Schedule
 from dite.parallel.topology import parse
 
 
@@ -33,6 +35,10 @@ class Sharing:
             raise UsageError(f"--nproc {nproc} doesn't fit", rule, "leave --nproc out under torchrun")
         degree = place[1] if place else nproc or 1
         parse(mode, degree)
+        if codec.endswith(".json"):
+            Schedule.read(Path(codec))
+        elif codec != "auto":
+            parse_codec(codec)
         return cls(degree, mode, codec, order, place[0] if place else 0, degree > 1 and not place)
 
     def start(self, arguments: Sequence[str]) -> int:
@@ -53,8 +59,4 @@ class Sharing:
             figures |= par.stats()
 
     def _codec(self) -> Any:
-        if not self.codec.endswith(".json"):
-            return self.codec
-        from dite.parallel.schedule import Schedule
-
-        return Schedule.read(Path(self.codec))
+        return Schedule.read(Path(self.codec)) if self.codec.endswith(".json") else self.codec

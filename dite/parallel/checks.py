@@ -22,8 +22,12 @@ ONE_DEVICE = "use it on one device"
 def refuse(model: nn.Module, topology: Topology, codec_of: Callable[[int, int], str]) -> None:
     """Raises UnsupportedModel or UsageError for what can be known to be impossible before ranks meet."""
     family = family_of(model)
-    for layer in range(len(attentions_of(model, family))):
+    attentions = attentions_of(model, family)
+    for layer in range(len(attentions)):
         codec(codec_of(1, layer))
+    heads = min(getattr(attention, "heads", topology.ulysses) for attention in attentions)
+    if heads < topology.ulysses:
+        raise UnsupportedModel(f"ulysses can't share {heads} heads out over {topology.ulysses} ranks", f"use at most {heads} ranks, or kv_gather")
     if topology.cfg > 1 and not family.batched:
         name = type(model).__name__
         raise UnsupportedModel(f"pipelines call {name} once for each guidance branch, so cfg has nothing to share out", "use another mode")

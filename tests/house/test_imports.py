@@ -91,7 +91,8 @@ def test_the_evals_use_only_the_public_api(trees):
         for path, tree in trees.items()
         if path.startswith("evals/") and path not in INSIDERS
         for module in imported(tree)
-        if package(module) == "dite" and not module.startswith("dite.parallel.") and module not in PUBLIC | {f"dite.{name}" for name in dite.__all__}
+        if package(module) == "dite" and not module.startswith("dite.parallel.")
+        if module not in PUBLIC | {f"dite.{name}" for name in dite.__all__}
     ]
     assert private == []
 
