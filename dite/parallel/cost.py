@@ -26,10 +26,12 @@ from dite.parallel.workload import Link, Workload
 
 @dataclass(frozen=True)
 class CodecSpeed:
-    """Nanoseconds per element to encode, and to decode and add to the reference."""
+    """Nanoseconds per element to encode, and to decode and add to the reference; and seconds that a packet takes besides, however small it is."""
 
     encode_ns: float
     decode_ns: float
+    encode_s: float = 0.0
+    decode_s: float = 0.0
 
 
 NO_COST: Mapping[str, CodecSpeed] = MappingProxyType({})
@@ -122,8 +124,12 @@ def _output_seconds(workload: Workload, link: Link, layout: Layout) -> float:
 def _codec_seconds(workload: Workload, layout: Layout, speeds: Mapping[str, CodecSpeed]) -> float:
     """Of one rank (of one stage) in a step."""
     speed = speeds.get(layout.codec)
-    if speed is None or layout.codec == "none":
+    if speed is None:
         return 0.0
     times = 1 if layout.mode == "pipefusion" else workload.layers
-    per_layer = sum(one.rows * one.columns * (one.encoded * speed.encode_ns + one.decoded * speed.decode_ns) for one in packets(workload, layout))
-    return times * per_layer * 1e-9
+    seconds = 0.0
+    for one in packets(workload, layout):
+        elements = one.rows * one.columns
+        decoded = one.decoded // 2 if layout.codec == "none" and layout.mode in ("ulysses", "pipefusion") else one.decoded  # no own reference there
+        seconds += one.encoded * (elements * speed.encode_ns * 1e-9 + speed.encode_s) + decoded * (elements * speed.decode_ns * 1e-9 + speed.decode_s)
+    return times * seconds

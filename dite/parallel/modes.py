@@ -92,9 +92,13 @@ class Gathered:
         read(packet, self.of(member), turn)
 
     def exchange(self, values: Sequence[torch.Tensor], turn: Turn) -> None:
-        """All at once, waiting for it."""
-        for member, packet in enumerate(self.group.all_gather(self.packet(values, turn))):
-            self.take(member, packet, turn)
+        """All at once, waiting for it. The own packet is read while it travels."""
+        me, packet = self.group.index, self.packet(values, turn)
+        pending = self.group.start_all_gather(packet)
+        self.take(me, packet, turn)
+        for member, packet in enumerate(pending.wait()):
+            if member != me:
+                self.take(member, packet, turn)
 
 
 class Mode:
@@ -262,10 +266,10 @@ class Ulysses(Mode):
             self.group.traffic.add(len(sends[-1][1]), sum(value.numel() * value.element_size() for value in values))
             expected = wire_bytes([self._streams[role, 2 * member + 1] for role in roles], turn.codec)
             receives.append((member, torch.empty(expected, dtype=torch.uint8, device=values[0].device)))
-        arrived = self.group.exchange(sends, receives).wait()
-        for (member, packet), came in zip(sends, arrived, strict=True):
-            if not turn.codec.lossless:
-                read(packet, [self._streams[role, 2 * member] for role in roles], turn)
+        pending = self.group.exchange(sends, receives)
+        for member, packet in sends if not turn.codec.lossless else ():
+            read(packet, [self._streams[role, 2 * member] for role in roles], turn)
+        for (member, _), came in zip(sends, pending.wait(), strict=True):
             read(came, [self._streams[role, 2 * member + 1] for role in roles], turn)
         return {role: self._whole[role] for role in roles}
 

@@ -3,8 +3,8 @@
     d = x − (ref + β·Δ);   packet = C(d);   ref' ← ref + β·Δ + D(packet);   Δ ← ref' − ref        on the sender and on every receiver
 
 order 0 sends x itself (ref = 0), order 1 the change (β = 0), order 2 what a straight line through the last two does not foretell. β is one byte for
-each sample in the packet, in sixteenths: a fixed damping, or (adaptive) the one that fits best, computed by the sender, so that ranks on unlike
-machines cannot disagree about it. The reference changes by decoding only, on the sender too; so it is the same bits everywhere, and a digest of it,
+each sample in the packet, in sixteenths: a fixed damping, or (adaptive) the one that fits some of the tokens best, computed by the sender, so that
+ranks on unlike machines cannot disagree about it. The reference changes by decoding only, on the sender too; so it is the same bits everywhere, and a digest of it,
 sent every fourth step, proves that.
 
 The first packet of a request, and of a tensor of another shape, is a keyframe: order 0, int8.
@@ -12,7 +12,7 @@ The first packet of a request, and of a tensor of another shape, is a keyframe: 
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,7 @@ from dite.parallel.packet import DIGEST, HEADER_BYTES, KEYFRAME, NONFINITE, Head
 ADAPTIVE = "adaptive"
 DIGEST_EVERY = 4
 BETA_STEPS = 16
+FITTED = 2**16  # values of a sample, about, from which β is fitted
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -121,11 +122,10 @@ class ResidualStream:
 
     def digest(self) -> int:
         """64 bits of a hash of what every receiver holds."""
-        hashed = hashlib.blake2b(digest_size=8)
-        for part in (self.reference.value, self.reference.delta):
-            if part is not None:
-                hashed.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return int.from_bytes(hashed.digest(), "little")
+        # Against accidents, not adversaries: blake2b takes 25 times as long, which was a fifth of a step.
+        parts = (self.reference.value, self.reference.delta)
+        value, delta = (0 if part is None else zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy().data) for part in parts)
+        return delta << 32 | value
 
     def _used(self, chosen: Codec) -> tuple[Codec, int]:
         """Codec and order of the next packet: of the first one, a keyframe's."""
@@ -154,8 +154,10 @@ class ResidualStream:
         """uint8 [B]: β in sixteenths."""
         if self.predictor.damping != ADAPTIVE:
             return torch.full((len(x),), round(BETA_STEPS * float(self.predictor.damping)), dtype=torch.uint8)
-        delta = self.reference.delta.float().flatten(1)
-        change = (x.float() - self.reference.value.float()).flatten(1)
+        # Some of the tokens tell it as well as all: an odd stride meets every column of a picture. All would take three times as long as the codec.
+        some = slice(None, None, max(1, x[0].numel() // FITTED) | 1)
+        delta = self.reference.delta[:, some].float().flatten(1)
+        change = (x[:, some].float() - self.reference.value[:, some].float()).flatten(1)
         fitted = (change * delta).sum(1) / (delta * delta).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
         return (fitted.nan_to_num(0.0) * BETA_STEPS).clamp(0, BETA_STEPS).round().to(torch.uint8).cpu()
 

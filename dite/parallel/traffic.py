@@ -1,17 +1,18 @@
 """Exactly what a rank sends in a step, header bytes and all: the formulas that the counters of real exchanges must equal.
 
-W ranks in the group, S tokens, C width, B samples, L layers, M patches, H header bytes; ⌈·⌉ rounds shares up, since all packets of a collective have
-one size; P(rows, columns) is the codec's payload.
+W ranks in the group, S tokens, C width, B samples, L layers, M patches; ⌈·⌉ rounds shares up, since all packets of a collective have one size. A
+packet P(rows, columns) is a header (48 bytes), a β for each sample where the order is 2 (B bytes, to whole words), and the codec's payload, to whole
+words.
 
-    per layer    kv_gather, ring, displaced   (W−1) · (H + P(2·B·⌈S/W⌉, C))                          K and V in one packet, round the ring
-                 ulysses                      (W−1) · (H + P(3·B·⌈S/W⌉, C/W) + H + P(B·⌈S/W⌉, C/W))  Q, K, V to their heads; the output back
-    per step     pipefusion                   M · (H + P(B·⌈S/M⌉, C))                                activations to the next stage
-    output, raw  all but pipefusion           (W−1) · (H + B·⌈S_out/W⌉·channels·bytes)               everyone needs all of it for the next step
-                 pipefusion                   the last rank sends (W−1) · (H + B·S_out·channels·bytes) and no activations
-                 CFG on two groups            + H + B·S_out·channels·bytes                           the other branch, B then being half the batch
+    per layer    kv_gather, ring, displaced   (W−1) · 2 · P(B·⌈S/W⌉, C)                              K and V in one message, round the ring
+                 ulysses                      (W−1) · 4 · P(B·⌈S/W⌉, C/W)                             Q, K, V to their heads; the output back
+    per step     pipefusion                   M · P(B·⌈S/M⌉, C)                                      activations to the next stage
+    output, raw  all but pipefusion           (W−1) · P(B·⌈S_out/W⌉, channels)                       everyone needs all of it for the next step
+                 pipefusion                   the last rank sends (W−1) · P(B·S_out, channels) and no activations
+                 CFG on two groups            + P(B·S_out, channels)                                 the other branch, B then being half the batch
 
-The first step's packets are keyframes in int8, or raw where the codec is none. Where ranks send unlike amounts (pipefusion) it is the one that sends
-most. Agreement of ranks (a few bytes a step) isn't counted.
+The first step's packets are keyframes: int8, without β; raw where the codec is none. Where ranks send unlike amounts (uneven shares of tokens or heads,
+pipefusion) it is the one that sends most; patches of unlike sizes are counted as the largest. Agreement of ranks (a few bytes a step) isn't counted.
 """
 
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ MODES = (ONE_DEVICE, *GATHERED, "ulysses", "pipefusion")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a forward is spread: `ranks` in all, on two CFG groups of half of them with `cfg`; pipefusion's `patches` (0: as many as ranks in a group).
-    `one_device` with `cfg` and 2 ranks is CFG parallelism alone.
+    """How a forward is spread: `ranks` in all, on two CFG groups of half of them with `cfg`; pipefusion's `patches` (0: twice the ranks of a group).
+    `one_device` with `cfg` and 2 ranks is CFG parallelism alone. `order`: of the residuals.
     """
 
     mode: str
@@ -41,6 +42,7 @@ class Layout:
     cfg: bool = False
     patches: int = 0
     header_bytes: int = HEADER_BYTES
+    order: int = 2
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -63,11 +65,11 @@ class Layout:
     @property
     def slices(self) -> int:
         """Patches of a pipeline."""
-        return self.patches or self.group
+        return self.patches or 2 * self.group
 
     def first(self) -> "Layout":
         """The layout with the codec of keyframes."""
-        return self if self.codec == "none" else replace(self, codec=KEYFRAME)
+        return self if self.codec == "none" else replace(self, codec=KEYFRAME, order=0)
 
     def __str__(self) -> str:
         name = f"{self.mode} {self.codec}" if self.group > 1 else self.mode
@@ -76,7 +78,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Packet:
-    """A residual [rows, columns] of a layer: how often a rank sends one, and how many it encodes and decodes (its own references included)."""
+    """A residual [rows, columns] of a layer: how many a rank sends, encodes and decodes (its own references included)."""
 
     rows: int
     columns: int
@@ -110,11 +112,9 @@ def packets(workload: Workload, layout: Layout) -> tuple[Packet, ...]:
     size = layout.group
     rows = workload.batch * -(-workload.tokens // size)
     if layout.mode in GATHERED:
-        return (Packet(2 * rows, workload.width, sent=size - 1, encoded=1, decoded=size),)
+        return (Packet(rows, workload.width, sent=2 * (size - 1), encoded=2, decoded=2 * size),)
     if layout.mode == "ulysses":
-        columns = workload.width // size
-        counts = {"sent": size - 1, "encoded": size - 1, "decoded": 2 * (size - 1)}
-        return Packet(3 * rows, columns, **counts), Packet(rows, columns, **counts)
+        return (Packet(rows, workload.width // size, sent=4 * (size - 1), encoded=4 * (size - 1), decoded=8 * (size - 1)),)
     if layout.mode == "pipefusion":
         patch = workload.batch * -(-workload.tokens // layout.slices)
         return (Packet(patch, workload.width, sent=layout.slices, encoded=layout.slices, decoded=2 * layout.slices),)
@@ -123,8 +123,10 @@ def packets(workload: Workload, layout: Layout) -> tuple[Packet, ...]:
 
 def layer_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes that a rank sends for one layer (pipefusion: for one step), headers included."""
+    batch = workload.batch // 2 if layout.cfg else workload.batch
+    betas = _words(batch) if layout.order == 2 and layout.codec != "none" else 0
     sizes = ((one.sent, payload_bytes(layout.codec, one.rows, one.columns, workload.value_bytes)) for one in packets(workload, layout))
-    return sum(sent * (layout.header_bytes + payload) for sent, payload in sizes)
+    return sum(sent * _words(layout.header_bytes + betas + payload) for sent, payload in sizes)
 
 
 def exchange_bytes(workload: Workload, layout: Layout) -> int:
@@ -143,12 +145,12 @@ def output_bytes(workload: Workload, layout: Layout) -> int:
     batch = workload.batch // 2 if layout.cfg else workload.batch
     tokens = workload.outputs if layout.mode == "pipefusion" else -(-workload.outputs // layout.group)
     share = batch * tokens * workload.output_channels * workload.value_bytes
-    return (layout.group - 1) * (layout.header_bytes + share)
+    return (layout.group - 1) * _words(layout.header_bytes + share)
 
 
 def branch_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes with which a rank tells its twin of the other CFG group the output of its own branch."""
-    return layout.header_bytes + workload.batch // 2 * workload.outputs * workload.output_channels * workload.value_bytes if layout.cfg else 0
+    return _words(layout.header_bytes + workload.batch // 2 * workload.outputs * workload.output_channels * workload.value_bytes) if layout.cfg else 0
 
 
 def step_bytes(workload: Workload, layout: Layout, first: bool = False) -> int:
@@ -173,6 +175,11 @@ def bytes_per_image(workload: Workload, layout: Layout, steps: int, schedule: Sc
     sizes = {codec: layer_bytes(workload, replace(layout, codec=codec)) for codec in _codecs(schedule)}
     cells = ((step, layer) for step in range(1, steps) for layer in range(workload.layers))
     return keyframe + (steps - 1) * other + sum(sizes[schedule.codec(step, layer)] for step, layer in cells)
+
+
+def _words(size: int) -> int:
+    """Up to whole 32-bit words: bodies are read as numbers of up to 4 bytes."""
+    return -(-size // 4) * 4
 
 
 def _codecs(schedule: Schedule) -> set[str]:
