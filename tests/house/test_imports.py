@@ -17,7 +17,8 @@ FLOOR = {
     **dict.fromkeys(("quant", "recipe"), 3),
     **dict.fromkeys(("pictures", "errors", "outputs"), 4),
 }
-PUBLIC = {"dite", "dite.errors", "dite.outputs", "dite.pictures", "dite.recipe", "dite.sampling"}  # what dite_evals may use, and what lies in dite.parallel
+# What dite_evals may use, and all that lies in dite.parallel.
+PUBLIC = {"dite", "dite.errors", "dite.outputs", "dite.pictures", "dite.recipe", "dite.sampling"}
 INSIDERS = {"evals/methods_table.py", "evals/search_rank.py"}  # measure parts of the quantizer that the public API offers only as a whole
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "safetensors", "triton", "torchmetrics", "dite_kernels", "dite_evals"}
 
