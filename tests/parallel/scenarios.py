@@ -1,9 +1,11 @@
-"""What the ranks of a test do. Run as `python scenarios.py NAME SETTINGS-JSON ANSWER-FILE` by ranks.py."""
+"""What the ranks of a test do. Started by ranks.py; reads a line for each scenario and forks its ranks."""
 
+import importlib.util
 import json
 import os
+import signal
 import sys
-import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -13,13 +15,15 @@ from dite.models.families import example_inputs
 from dite.parallel.handle import parallelize
 
 
-def build(family):
-    import importlib.util
-
+def _fixtures():
     spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module._build(family)
+    return module
+
+
+fixtures = _fixtures()
+FAMILIES, build = fixtures.FAMILIES, fixtures._build
 
 
 def denoise(model, inputs, steps, seed=0):
@@ -35,11 +39,12 @@ def denoise(model, inputs, steps, seed=0):
 
 def rows(inputs, count):
     """The inputs of several samples."""
+    batch = len(inputs["hidden_states"])
 
     def repeat(value):
         if isinstance(value, dict):
             return {name: repeat(one) for name, one in value.items()}
-        return torch.cat([value] * count) if isinstance(value, torch.Tensor) and value.ndim else value
+        return torch.cat([value] * count) if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch else value
 
     return repeat(dict(inputs))
 
@@ -86,11 +91,43 @@ def modes(cases, steps):
 
 SCENARIOS = {"modes": modes}
 
-if __name__ == "__main__":
-    name, settings, answer = sys.argv[1:]
+
+def be_rank(rank, world, scenario, settings, folder):
+    """The life of a forked rank."""
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "DITE_RENDEZVOUS": str(folder / "ranks"), "ANSWERS": str(folder)}
+    result = SCENARIOS[scenario](**settings)
+    (folder / f"{rank}.part").write_text(json.dumps(result))
+    os.replace(folder / f"{rank}.part", folder / f"{rank}.json")
+
+
+def main():
     torch.set_num_threads(1)
-    started = time.perf_counter()
-    result = SCENARIOS[name](**json.loads(settings))
-    Path(answer + ".part").write_text(json.dumps(result))
-    os.replace(answer + ".part", answer)
-    print(f"{name} took {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    for family in FAMILIES:
+        build(family)  # diffusers imports its models when they are first used
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    for line in sys.stdin:
+        world, scenario, settings, folder = json.loads(line)
+        pids = []
+        for rank in range(world):
+            pid = os.fork()
+            if not pid:
+                code = 1
+                try:
+                    be_rank(rank, world, scenario, settings, Path(folder))
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+
+
+if __name__ == "__main__":
+    main()
