@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from dite.errors import RankLost, UsageError
+from dite.errors import ExchangeCorrupted, RankLost, UsageError
 
 RENDEZVOUS = "DITE_RENDEZVOUS"  # a file in an empty folder, through which the ranks of --nproc meet
 TIMEOUT_S = 60.0
@@ -110,7 +110,8 @@ class RankGroup:
         """The one of `groups` (numbers of ranks, each once) that this rank belongs to. All ranks must call it alike."""
         mine = None
         for members in groups:
-            process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s)) if len(members) > 1 else None
+            with self.waiting("meeting of some ranks"):
+                process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s)) if len(members) > 1 else None
             if self.rank in members:
                 mine = RankGroup(members, self.rank, process_group, self.timeout_s, self._whole)
         assert mine is not None, f"rank {self.rank} is in none of {groups}"
@@ -167,12 +168,12 @@ class RankGroup:
         return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self._device())
 
     def gather_json(self, document: Any) -> list[Any]:
-        """Every member's document. Nothing is unpickled."""
-        text = self.bytes_of(json.dumps(document, sort_keys=True).encode())
-        lengths = [int(one) for one in self.all_gather(torch.tensor([len(text)], device=self._device()))]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self._device())
-        padded[: len(text)] = text
-        return [json.loads(bytes(one[:length].cpu().numpy())) for one, length in zip(self.all_gather(padded), lengths, strict=True)]
+        """Every member's document. Nothing is unpickled. Raises ExchangeCorrupted."""
+        text = json.dumps(document, sort_keys=True).encode()
+        sizes = [_opened(bytes(one.cpu().numpy())) for one in self.all_gather(self.bytes_of(_sealed(len(text).to_bytes(8, "little"))))]
+        lengths = [int.from_bytes(size, "little") for size in sizes]
+        padded = self.bytes_of(_sealed(text).ljust(max(lengths) + 4, b"\0"))
+        return [json.loads(_opened(bytes(one[: length + 4].cpu().numpy()))) for one, length in zip(self.all_gather(padded), lengths, strict=True)]
 
     def close(self) -> None:
         """Leave: connections are closed, and ranks that still wait for this one learn of it. The processes can meet again."""
@@ -196,20 +197,9 @@ class RankGroup:
         if self._whole._lost is not None:
             raise self._whole._lost
 
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str) -> _Waiting:
         """Count the time of an exchange; what fails in it ends the group."""
-        self.check()
-        started = time.perf_counter()
-        try:
-            yield
-        except (RuntimeError, ValueError) as error:
-            why = f"rank {self.rank} of {self._whole.size}, deadline {self.timeout_s:.0f} s: {_first_line(error)}"
-            self.leave(RankLost(f"another rank was lost during a {what}", why, "look at what the other ranks printed, and start all of them again"))
-            # The frames of the error refer to the exchange that failed, and would keep its connections open.
-            raise self._whole._lost from error.with_traceback(None)
-        finally:
-            self.traffic.seconds += time.perf_counter() - started
+        return _Waiting(self, what)
 
     def _start(self, pending: Pending, outgoing: Sequence[tuple[int, torch.Tensor]], incoming: Sequence[tuple[int, torch.Tensor]]) -> Pending:
         with self.waiting("point-to-point exchange"):
@@ -222,6 +212,29 @@ class RankGroup:
     def _device(self) -> torch.device:
         nccl = dist.is_initialized() and self._group is not None and dist.get_backend(self._group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+class _Waiting:
+    """A context. Not a generator's: an error's frames refer to the exchange that failed, and would keep its connections open; a generator's context
+    would keep the frames."""
+
+    def __init__(self, group: RankGroup, what: str):
+        self.group, self.what = group, what
+
+    def __enter__(self) -> None:
+        self.group.check()
+        self.started = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        del traceback
+        group = self.group
+        group.traffic.seconds += time.perf_counter() - self.started
+        if not isinstance(error, RuntimeError | ValueError):
+            return
+        why = f"rank {group.rank} of {group._whole.size}, deadline {group.timeout_s:.0f} s: {_first_line(error)}"
+        error.with_traceback(None)
+        group.leave(RankLost(f"another rank was lost during a {self.what}", why, "look at what the other ranks printed, and start all of them again"))
+        raise group._whole._lost from error
 
 
 class Pending:
@@ -253,6 +266,16 @@ class Pending:
 def rendezvous_file(folder: Path) -> str:
     """Where the ranks of --nproc meet."""
     return str(folder / "ranks")
+
+
+def _sealed(text: bytes) -> bytes:
+    return zlib.crc32(text).to_bytes(4, "little") + text
+
+
+def _opened(text: bytes) -> bytes:
+    if text != _sealed(text[4:]):
+        raise ExchangeCorrupted("what a rank says of itself can't be used", "its checksum is wrong", "start the ranks again")
+    return text[4:]
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """What the ranks of a test do. Started by ranks.py; reads a line for each scenario and forks its ranks."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -14,43 +13,9 @@ import dite
 from dite.models.families import example_inputs
 from dite.parallel.handle import parallelize
 
-
-def _fixtures():
-    spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fixtures = _fixtures()
-FAMILIES, build = fixtures.FAMILIES, fixtures._build
-
-
-def denoise(model, inputs, steps, seed=0):
-    """A few steps of a sampler: each input is the one before, changed a little by the model's answer."""
-    x = inputs["hidden_states"] + torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for step in range(steps):
-            timestep = torch.full_like(inputs["timestep"], 900 - step)
-            out = model(**inputs | {"hidden_states": x, "timestep": timestep})[0]
-            x = x - 0.05 * out[:, : x.shape[1]] if out.shape != x.shape else x - 0.05 * out
-    return x
-
-
-def rows(inputs, count):
-    """The inputs of several samples."""
-    batch = len(inputs["hidden_states"])
-
-    def repeat(value):
-        if isinstance(value, dict):
-            return {name: repeat(one) for name, one in value.items()}
-        return torch.cat([value] * count) if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch else value
-
-    return repeat(dict(inputs))
-
-
-def error(got, expected):
-    return float((got - expected).norm() / expected.norm())
+sys.path.insert(0, str(Path(__file__).parent))
+import fault_scenarios as faults
+from samples import FAMILIES, build, denoise, error, rows
 
 
 def agree(par, document):
@@ -65,31 +30,36 @@ def agree(par, document):
     document["same"] = par.settings.codec == "none" or all(len(digests) == 1 for digests in held.values())
 
 
-def modes(cases, steps):
-    """For each case [family, mode, codec, order]: distance from one device and from the simulation, and whether states agree."""
-    world, found = int(os.environ["WORLD_SIZE"]), []
-    for family, mode, codec, order in cases:
-        model = build(family)
-        inputs = dict(example_inputs(model))
-        if mode.startswith("cfg"):
-            inputs = rows(inputs, 3)
-        document = {"case": [family, mode, codec, order]}
-        one = denoise(model, inputs, steps)
-        try:
-            with parallelize(model, world, mode, codec, order=order, timeout_s=30) as par:
-                got = denoise(model, inputs, steps)
-                agree(par, document)
-                document |= par.stats()
-            with parallelize(model, world, mode, codec, order=order, simulate=True):
-                simulated = denoise(model, inputs, steps)
-            document |= {"error": error(got, one), "simulated": error(got, simulated), "undone": torch.equal(denoise(model, inputs, steps), one)}
-        except dite.DiteError as refused:
-            document |= {"refused": refused.why or refused.what}
-        found.append(document)
-    return found
+def modes(cases):
+    """For each case {family, mode, codec, order, ...}: distance from one device and from the simulation, and whether states agree."""
+    return [one_case(**case) for case in cases]
 
 
-SCENARIOS = {"modes": modes}
+def one_case(family, mode, codec="none", order=2, steps=4, dtype="float32", quantized=False, probe=False, samples=1, damping="adaptive"):
+    model = build(family).to(getattr(torch, dtype))
+    if quantized:
+        dite.quantize(model, "w4a8", effort="fast")
+    inputs = rows(example_inputs(model), 3 if mode.startswith("cfg") else samples)
+    document = {"case": [family, mode, codec, order]}
+    settings = {"mode": mode, "codec": codec, "order": order, "damping": damping}
+    world = int(os.environ["WORLD_SIZE"])
+    one = denoise(model, inputs, steps)
+    try:
+        with parallelize(model, world, **settings, timeout_s=30, probe=probe) as par:
+            got = denoise(model, inputs, steps)
+            agree(par, document)
+            document |= par.stats()
+    except dite.DiteError as refused:
+        return document | {"refused": refused.why or refused.what, "type": type(refused).__name__, "undone": torch.equal(denoise(model, inputs, steps), one)}
+    with parallelize(model, world, **settings, simulate=True):
+        simulated = denoise(model, inputs, steps)
+    with parallelize(model, world, **settings | {"codec": "none"}, simulate=True):
+        exact = denoise(model, inputs, steps)
+    document |= {"error": error(got, one), "simulated": error(got, simulated), "own": error(simulated, exact)}
+    return document | {"undone": torch.equal(denoise(model, inputs, steps), one)}
+
+
+SCENARIOS = {"modes": modes, **faults.SCENARIOS}
 
 
 def be_rank(rank, world, scenario, settings, folder):
