@@ -12,14 +12,14 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from dite.errors import RanksDisagree, UsageError
+from dite.errors import DiteError, RanksDisagree, UnsupportedModel, UsageError
 from dite.models.access import the_denoiser
 from dite.parallel.adaptive import START, Adaptive
 from dite.parallel.budget import Profile
@@ -28,7 +28,7 @@ from dite.parallel.clock import Clock
 from dite.parallel.codecs import codec as codec_named
 from dite.parallel.families import Family, attentions_of, family_of
 from dite.parallel.group import TIMEOUT_S, RankGroup
-from dite.parallel.handshake import description, shake_hands
+from dite.parallel.handshake import agree_on_call, description, shake_hands
 from dite.parallel.hooks import Hooks
 from dite.parallel.launch import environment_ranks
 from dite.parallel.modes import Displaced, KVGather, Local, Mode, Ring, Ulysses
@@ -86,7 +86,9 @@ class Parallel:
     def __enter__(self) -> Parallel:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if error is not None:
+            self.group.leave(error)  # the other ranks shall not wait for this one
         self.close()
 
     @property
@@ -97,6 +99,9 @@ class Parallel:
     def close(self) -> None:
         """Leave the pipeline as it was found, and the other ranks."""
         self._hooks.undo()
+        with suppress(DiteError):  # what is still under way belongs to no picture
+            for remembered in self._remembered.values():
+                remembered.drain()
         self._remembered = {}
         self.group.close()
 
@@ -223,30 +228,44 @@ class Parallel:
         def shared(*args: Any, **kwargs: Any) -> Any:
             self.group.check()
             bound = signature.bind(self.model, *args, **kwargs)
-            timestep = bound.arguments.get("timestep")
-            if not isinstance(timestep, torch.Tensor):
-                timestep = torch.tensor(float(timestep or 0))
-            moment = self._clock.tick(float(timestep.flatten()[0]), _checksum(bound.arguments))
-            self._forget()
-            remembered = self._remembered.setdefault((moment.epoch, moment.branch), Remembered())
-            self._steps += 1
-            rows = self._rows(bound.arguments) if self._cfg is not None else None
-            remembered.fit(tuple(bound.arguments["hidden_states"].shape))
-
-            def call() -> Any:
-                return forward(*bound.args[1:], **bound.kwargs)
-
-            if self._adaptive:
-                self._adaptive.begin(moment)
-            with torch.no_grad():
-                result = call() if self._runner is None else self._runner.call(call, moment, remembered)
-                if rows is not None:
-                    result = self._join_batch(result, rows, moment)
-            if self._adaptive:
-                self._adaptive.after(moment, remembered.streams(), self.model.dtype.itemsize)
-            return result
+            exchanged = self.group.traffic.exchanges
+            try:
+                with torch.no_grad():
+                    return self._call(forward, bound)
+            except (UsageError, UnsupportedModel) as refused:
+                if self.group.traffic.exchanges != exchanged:
+                    self.group.leave(refused)
+                raise  # before any exchange all ranks refuse alike
+            except BaseException as error:
+                self.group.leave(error)  # half of a call is done: what this rank would send next is not what others wait for
+                raise
 
         return shared
+
+    def _call(self, forward: Callable, bound: inspect.BoundArguments) -> Any:
+        timestep = bound.arguments.get("timestep")
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.tensor(float(timestep or 0))
+        moment = self._clock.tick(float(timestep.flatten()[0]), _checksum(bound.arguments))
+        if isinstance(self.group, RankGroup):
+            agree_on_call(self.group, moment, _layout(bound.arguments))
+        self._forget()
+        remembered = self._remembered.setdefault((moment.epoch, moment.branch), Remembered())
+        self._steps += 1
+        rows = self._rows(bound.arguments) if self._cfg is not None else None
+        remembered.fit(tuple(bound.arguments["hidden_states"].shape))
+
+        def call() -> Any:
+            return forward(*bound.args[1:], **bound.kwargs)
+
+        if self._adaptive:
+            self._adaptive.begin(moment)
+        result = call() if self._runner is None else self._runner.call(call, moment, remembered)
+        if rows is not None:
+            result = self._join_batch(result, rows, moment)
+        if self._adaptive:
+            self._adaptive.after(moment, remembered.streams(), self.model.dtype.itemsize)
+        return result
 
     def _rows(self, arguments: dict[str, Any]) -> list[tuple[int, int]]:
         """Cut this rank's rows of the batch out of the arguments; returns everyone's."""
@@ -363,6 +382,12 @@ def _checksum(arguments: Mapping[str, Any]) -> int:
             part = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().contiguous()
             crc = zlib.crc32(part.numpy().tobytes(), zlib.crc32(name.encode(), crc))
     return crc
+
+
+def _layout(arguments: Mapping[str, Any]) -> int:
+    """A checksum of the names, shapes and dtypes of the same."""
+    parts = [f"{name} {value.dtype} {list(value.shape)}" for name, value in sorted(arguments.items()) if isinstance(value, torch.Tensor)]
+    return zlib.crc32(";".join(parts).encode())
 
 
 __all__ = ["Parallel", "RanksDisagree", "parallelize"]

@@ -40,6 +40,9 @@ class Alone:
     def close(self) -> None:
         pass
 
+    def leave(self, reason: BaseException) -> None:
+        pass
+
 
 @dataclass
 class _Layer:
