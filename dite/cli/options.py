@@ -90,7 +90,7 @@ Nproc = Annotated[
     typer.Option("--nproc", help="Ranks to start and to share each picture out over; under torchrun, those it started.", min=1, show_default=False),
 ]
 Mode = Annotated[
-    str, typer.Option("--mode", help="How ranks share: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product as cfg+ring, ulysses+ring.")
+    str, typer.Option("--mode", help="How ranks share: kv_gather, ring, ulysses, displaced, pipefusion, cfg, a product as cfg+ring, or auto.")
 ]
 Codec = Annotated[
     str, typer.Option("--codec", help="How exchanges are compressed: none, int8, int4, int2, int1, lowrank-R, topk-K, or a schedule's JSON file.")

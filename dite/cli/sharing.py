@@ -34,7 +34,7 @@ class Sharing:
             rule = f"this process was started as one of {place[1]} ranks"
             raise UsageError(f"--nproc {nproc} doesn't fit", rule, "leave --nproc out under torchrun")
         degree = place[1] if place else nproc or 1
-        parse(mode, degree)
+        parse("kv_gather" if mode == "auto" else mode, degree)
         if codec.endswith(".json"):
             Schedule.read(Path(codec))
         elif codec != "auto":

@@ -47,7 +47,7 @@ def compare_with_one_device(model: nn.Module, topology: Topology, shared_out: Ca
     if inputs is None:
         return
     if topology.cfg > 1:
-        inputs = {name: _repeat(value, topology.cfg) for name, value in inputs.items()}
+        inputs = repeated(inputs, topology.cfg)
     expected = model(**inputs)[0]
     name = type(model).__name__
     try:
@@ -64,7 +64,8 @@ def compare_with_one_device(model: nn.Module, topology: Topology, shared_out: Ca
         raise UnsupportedModel(rule, ONE_DEVICE)
 
 
-def _repeat(value: Any, count: int) -> Any:
+def repeated(value: Any, count: int) -> Any:
+    """The inputs of `count` samples, from those of one."""
     if isinstance(value, Mapping):
-        return {name: _repeat(one, count) for name, one in value.items()}
+        return {name: repeated(one, count) for name, one in value.items()}
     return torch.cat([value] * count) if isinstance(value, torch.Tensor) and value.ndim else value

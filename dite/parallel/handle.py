@@ -10,8 +10,7 @@ Every rank runs the same script with the same seeds (torchrun, or the command li
 from __future__ import annotations
 
 import inspect
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,7 +21,9 @@ from torch import nn
 from dite.errors import DiteError, RanksDisagree, UnsupportedModel, UsageError
 from dite.models.access import the_denoiser
 from dite.parallel.adaptive import START, Adaptive
+from dite.parallel.auto import decide
 from dite.parallel.budget import Profile
+from dite.parallel.calls import checksum, cut, layout
 from dite.parallel.checks import compare_with_one_device, refuse
 from dite.parallel.clock import Clock
 from dite.parallel.codecs import codec as codec_named
@@ -39,18 +40,18 @@ from dite.parallel.stream import ADAPTIVE, Moment, Predictor, ResidualStream
 from dite.parallel.topology import Topology, bounds, parse
 
 AUTO = "auto"
-SAMPLED = 4096
 SIMPLE_MODES = {"kv_gather": KVGather, "ring": Ring, "displaced": Displaced}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all ranks must agree about. `codec` is a name, or a schedule's digest."""
+    """What all ranks must agree about. `codec` is a name, or a schedule's digest; `reason` why mode "auto" chose it."""
 
     mode: str = "kv_gather"
     codec: str = "int4"
     predictor: Predictor = field(default_factory=Predictor)
     patches: int | None = None
+    reason: str = ""
 
 
 class Parallel:
@@ -119,6 +120,7 @@ class Parallel:
             "bytes_raw": traffic["raw"],
             "exchanges": traffic["exchanges"],
             "seconds_waited": traffic["seconds"],
+            **({"reason": self.settings.reason} if self.settings.reason else {}),
         }
 
     def schedule(self) -> Schedule:
@@ -246,9 +248,9 @@ class Parallel:
         timestep = bound.arguments.get("timestep")
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.tensor(float(timestep or 0))
-        moment = self._clock.tick(float(timestep.flatten()[0]), _checksum(bound.arguments))
+        moment = self._clock.tick(float(timestep.flatten()[0]), checksum(bound.arguments))
         if isinstance(self.group, RankGroup):
-            agree_on_call(self.group, moment, _layout(bound.arguments))
+            agree_on_call(self.group, moment, layout(bound.arguments))
         self._forget()
         remembered = self._remembered.setdefault((moment.epoch, moment.branch), Remembered())
         self._steps += 1
@@ -276,7 +278,7 @@ class Parallel:
         rows = bounds(count, self._cfg.size)
         first, last = rows[self._cfg.index]
         for name, value in arguments.items():
-            arguments[name] = _cut(value, count, first, last)
+            arguments[name] = cut(value, count, first, last)
         return rows
 
     def _join_batch(self, result: Any, rows: list[tuple[int, int]], moment: Moment) -> Any:
@@ -306,7 +308,8 @@ def parallelize(
 ) -> Parallel:
     """Share a pipeline's transformer (or a bare one) out over `degree` ranks; by default over all that were started.
 
-    `mode`: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product (`cfg+ring`, `ulysses+ring`); see dite.parallel.topology.
+    `mode`: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product (`cfg+ring`, `ulysses+ring`); see dite.parallel.topology. "auto"
+    measures model and link and takes what the cost model finds fastest (mode and codec; or one device): `stats()["reason"]` says why.
     `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, a `Schedule` of them, or "auto", which follows the link. `order` 0 sends values, 1
     changes, 2 changes against a prediction damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every
     exchange has the deadline `timeout_s`.
@@ -319,24 +322,30 @@ def parallelize(
     Raises UsageError, UnsupportedModel, RanksDisagree, RankLost; what was put on the model is taken off again then.
     """
     pipe = getattr(model, "pipe", model)
+    transformer = the_denoiser(pipe)
     place = environment_ranks()
     degree = degree or (place[1] if place else 1)
-    topology = parse(mode, degree)
-    predictor = Predictor(order, damping)
     codec_of, codec_name = _codecs(codec)
-    settings = Settings(mode, codec_name, predictor, patches)
-    transformer = the_denoiser(pipe)
+    settings = Settings(mode, codec_name, Predictor(order, damping), patches)
     if hasattr(transformer, "dite_exchange"):
         raise UsageError("this model is shared out already", f"by {transformer.dite_exchange['mode']}", "close its handle first")
+    topology = parse("kv_gather" if mode == AUTO else mode, degree)
     if degree == 1:
         return Parallel(pipe, topology, settings, codec_of, Alone())
     refuse(transformer, topology, codec_of)
-    if simulate:
+    if simulate and mode != AUTO:
         return Parallel(pipe, topology, settings, codec_of, Alone())
-    device = next(transformer.parameters()).device
-    group = RankGroup.join(degree, device, timeout_s)
+    group = RankGroup.join(degree, next(transformer.parameters()).device, timeout_s)
     try:
         shake_hands(group, description(transformer) | {"settings": asdict(settings), "topology": asdict(topology)})
+        if mode == AUTO:
+            decision = decide(transformer, group)
+            codec_of, codec_name = _codecs(decision.codec)
+            settings = replace(settings, mode=decision.mode, codec=codec_name, reason=decision.reason)
+            topology = parse(decision.mode, decision.degree)
+        if topology.world == 1:
+            group.close()
+            return Parallel(pipe, topology, settings, codec_of, Alone(group.rank))
         if probe:
             compare_with_one_device(transformer, topology, lambda: _plainly(transformer, topology, settings, group))
         handle = Parallel(pipe, topology, settings, codec_of, group)
@@ -365,29 +374,6 @@ def _codecs(codec: Any) -> tuple[CodecOf, str]:
         codec_named(codec)
         return (lambda step, layer: codec), codec
     return codec.codec, f"schedule {codec.digest}"
-
-
-def _cut(value: Any, count: int, first: int, last: int) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _cut(one, count, first, last) for name, one in value.items()}
-    return value[first:last] if isinstance(value, torch.Tensor) and value.ndim and len(value) == count else value
-
-
-def _checksum(arguments: Mapping[str, Any]) -> int:
-    """Of some of the values of every tensor that the model is called with."""
-    crc = 0
-    for name, value in sorted(arguments.items()):
-        if isinstance(value, torch.Tensor):
-            flat = value.detach().flatten()
-            part = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().contiguous()
-            crc = zlib.crc32(part.numpy().tobytes(), zlib.crc32(name.encode(), crc))
-    return crc
-
-
-def _layout(arguments: Mapping[str, Any]) -> int:
-    """A checksum of the names, shapes and dtypes of the same."""
-    parts = [f"{name} {value.dtype} {list(value.shape)}" for name, value in sorted(arguments.items()) if isinstance(value, torch.Tensor)]
-    return zlib.crc32(";".join(parts).encode())
 
 
 __all__ = ["Parallel", "RanksDisagree", "parallelize"]

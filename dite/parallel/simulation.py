@@ -29,9 +29,8 @@ from dite.parallel.topology import Topology, bounds
 class Alone:
     """In place of a RankGroup: nobody else is there."""
 
-    rank = 0
-
-    def __init__(self):
+    def __init__(self, rank: int = 0):
+        self.rank = rank
         self.traffic = Traffic()
 
     def check(self) -> None:
