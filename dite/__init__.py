@@ -2,7 +2,7 @@
 
 Seven verbs and a wrapper, imported when first used, so that `import dite` is cheap:
 
-    quantize   save   load   inspect   evaluate   Pipeline
+    quantize   save   load   parallelize   inspect   evaluate   Pipeline
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ _HOMES = {
     "save": "dite.checkpoint.save",
     "load": "dite.checkpoint.load",
     "evaluate": "dite.evaluation",
+    "parallelize": "dite.parallel.handle",
     "Pipeline": "dite.pipeline",
     "DiteConfig": "dite.checkpoint.diffusers_quantizer",
     "DiteError": "dite.errors",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dite.errors import UsageError
+from dite.parallel.launch import environment_ranks
 
 if TYPE_CHECKING:
     from dite_evals.protocols import FidelityProtocol, FidProtocol
@@ -38,6 +39,8 @@ def evaluate(
     Keys of the protocol (`steps, guidance, dtype, micro_batch`…) given as `changes`, or before them as `key=value` in `overrides`, change it,
     and the result lists what they changed. `device` says where sources are loaded; for FID, `batch_size` is how many samples a shard holds
     (it changes no result), and `force` discards the shards of a run with other settings; `command` is the command line to put into the report.
+
+    Under torchrun, with a pipeline that is shared out by `parallelize`, every rank calls this and gets the same figures; rank 0 writes.
 
     `output` receives `report.json`, `report.html`, `report.md` and `protocol.yaml`; FID also writes its images beside it (`OUTPUT.samples`),
     and an interrupted run goes on from there. `progress(stage, done, total)`. With `dry_run` everything is loaded and checked, nothing is
@@ -86,6 +89,7 @@ class _Job:
         torchmetrics("functional.image")
         if self.output is not None:
             check_output(self.output)
+        self.writes = (environment_ranks() or (0, 1))[0] == 0
 
     def load(self, source: Any) -> Any:
         """The diffusers pipeline of a source or a pipeline; a pipeline must already have the protocol's dtype."""
@@ -114,7 +118,7 @@ class _Job:
         from dite_evals.report import Report, write_report
 
         metrics |= {"protocol": self.settings.name, "overrides": self.changed, "seconds": time.perf_counter() - self.start}
-        if self.output is None:
+        if self.output is None or not self.writes:
             return metrics
         paths = write_report(Report(metrics=metrics, command=list(self.command), protocol=self.settings.model_dump(), **report), self.output)
         return metrics | {"report": paths}
@@ -194,7 +198,7 @@ def _fid_images(job: _Job, settings: FidProtocol, pipe: Any) -> Any:
     store = None
     batches: list[torch.Tensor] = []
     if job.output is not None:
-        store = ShardStore(job.output.with_name(job.output.name + ".samples"), _resume_key(job, pipe), job.force)
+        store = ShardStore(job.output.with_name(job.output.name + ".samples"), _resume_key(job, pipe), job.force, job.writes)
         found = store.read(settings.n)
         if found is not None:
             whole = len(found) if len(found) == settings.n else len(found) // settings.micro_batch * settings.micro_batch
@@ -233,7 +237,7 @@ def _resume_key(job: _Job, pipe: Any) -> dict[str, Any]:
 
     settings = job.settings.model_dump(include={"steps", "guidance", "seed", "micro_batch", "prompts"})
     machine = {"device": pipe.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__, "backends": stats(pipe)["backends"]}
-    return settings | machine | {"dtype": dtype_name(pipe), "model": model_digest(pipe)}
+    return settings | machine | {"dtype": dtype_name(pipe), "model": model_digest(pipe)} | _exchange(pipe)
 
 
 def model_digest(pipe: Any) -> str:
@@ -281,7 +285,16 @@ def _configuration(job: _Job, pipe: Any) -> dict[str, Any]:
         "protocol": job.settings.name,
         "overrides": job.changed,
         **job.settings.model_dump(exclude=left_out),
+        **_exchange(pipe),
     }
+
+
+def _exchange(pipe: Any) -> dict[str, Any]:
+    """How the pipeline is shared out over ranks, where it is."""
+    from dite.models.access import the_denoiser
+
+    exchange = getattr(the_denoiser(pipe), "dite_exchange", None)
+    return {} if exchange is None else {"exchange": exchange}
 
 
 def source_name(source: Any) -> str:

@@ -16,24 +16,36 @@ class Pipeline:
 
     def __init__(self, pipe: Any):
         object.__setattr__(self, "pipe", pipe)
+        object.__setattr__(self, "_shared", None)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, quantize: Any = None, backend: str = "auto", dtype: str | None = None, device: str = "cpu"
+        cls,
+        source: str | Path,
+        *,
+        quantize: Any = None,
+        parallel: dict[str, Any] | None = None,
+        backend: str = "auto",
+        dtype: str | None = None,
+        device: str = "cpu",
     ) -> Pipeline:
-        """Load a folder, a hub id or `builtin:NAME`; `quantize` is a recipe (name, path, dict), `backend` names what runs quantized linears."""
+        """Load a folder, a hub id or `builtin:NAME`; `quantize` is a recipe (name, path, dict), `backend` names what runs quantized linears,
+        `parallel` holds arguments of `dite.parallelize`, for a script whose ranks torchrun started: it stays shared out until `.unshare()`."""
         from dite.models.load import load_pipeline
 
         wrapper = cls(load_pipeline(source, dtype=dtype, device=device))
         if quantize is not None:
             wrapper.quantize(quantize)
-        return wrapper.set_backend(backend)
+        wrapper.set_backend(backend)
+        if parallel is not None:
+            wrapper.parallelize(**parallel)
+        return wrapper
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.pipe(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "pipe":  # before __init__ has run, as in copying
+        if name in ("pipe", "_shared"):  # before __init__ has run, as in copying
             raise AttributeError(name)
         return getattr(self.pipe, name)
 
@@ -54,6 +66,20 @@ class Pipeline:
         from dite.ptq.quantize import quantize
 
         return quantize(self.pipe, recipe, **options)
+
+    def parallelize(self, *arguments: Any, **options: Any) -> Any:
+        """`dite.parallelize` on this pipeline; returns the handle, which undoes it when closed. `stats()` then tells what was exchanged."""
+        from dite.parallel.handle import parallelize
+
+        self.unshare()
+        object.__setattr__(self, "_shared", parallelize(self.pipe, *arguments, **options))
+        return self._shared
+
+    def unshare(self) -> None:
+        """Undo `parallelize`, if it was done."""
+        if self._shared is not None:
+            self._shared.close()
+            object.__setattr__(self, "_shared", None)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """`dite.save` of this pipeline."""
@@ -77,7 +103,7 @@ class Pipeline:
         return self
 
     def stats(self) -> dict[str, Any]:
-        """Bytes of the transformer, quantized layers by bits, and the backend of each kind of layer."""
+        """Bytes of the transformer, quantized layers by bits, and the backend of each kind of layer; `exchange` while it is shared out."""
         from dite.models.inspect import stats
 
-        return stats(self.pipe)
+        return stats(self.pipe) | ({"exchange": self._shared.stats()} if self._shared is not None else {})

@@ -22,6 +22,17 @@ def _randomize(model, seed: int = 0):
 
 @pytest.fixture
 def tiny_pipeline():
+    """A small DiTPipeline, see `_tiny_pipeline`."""
+    return _tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_pipeline():
+    """For fixtures that live longer than a test."""
+    return _tiny_pipeline
+
+
+def _tiny_pipeline():
     """A DiTPipeline of 2 blocks, width 48 (3 heads of 16), 10 classes, 8×8 latents and a 32×32 autoencoder."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 

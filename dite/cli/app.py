@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         _hush_libraries()
     try:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            result = get_command(app).main(arguments, prog_name="dite", standalone_mode=False)
+            result = get_command(app).main(arguments, prog_name="dite", standalone_mode=False, obj=arguments)
         return _finish(result, stdout, as_json)
     except BrokenPipeError:
         return _reader_left(stdout)

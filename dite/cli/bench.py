@@ -140,7 +140,9 @@ def codec(
     codecs: Annotated[
         str | None, typer.Option("--codecs", metavar="NAME,...", help="int8, int4, int2, int1; all unless given.", show_default=False)
     ] = None,
-    backends: Annotated[str, typer.Option("--backends", metavar="NAME,...", help="reference or triton; all unless given.", show_default=False)] = "",
+    backends: Annotated[
+        str, typer.Option("--backends", metavar="NAME,...", help="reference, cpu or triton; all unless given.", show_default=False)
+    ] = "",
     elements: Annotated[
         int | None,
         typer.Option(

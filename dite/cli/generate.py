@@ -15,6 +15,7 @@ import dite
 from dite.cli import options
 from dite.cli.conditions import Condition, conditions
 from dite.cli.output import Answer, note, progress
+from dite.cli.sharing import Sharing
 from dite.errors import OutputExists
 from dite.outputs import check_writable
 
@@ -46,6 +47,7 @@ class Drawn:
 
 
 def generate(
+    context: typer.Context,
     model: options.Model,
     output: options.Output,
     class_: Annotated[list[str] | None, typer.Option("--class", metavar="NAME|ID", help="A class to draw. Repeatable; pictures take turns.")] = None,
@@ -61,6 +63,10 @@ def generate(
     compare: Annotated[
         str | None, typer.Option("--compare", metavar="BASE", help="Draw the same pictures with BASE too, and write compare.png.")
     ] = None,
+    nproc: options.Nproc = None,
+    mode: options.Mode = "kv_gather",
+    codec: options.Codec = "int4",
+    order: options.Order = 2,
     device: options.Device = "cpu",
     dtype: options.Precision = None,
     overwrite: options.Overwrite = False,
@@ -68,9 +74,12 @@ def generate(
     json: options.Json = False,
     no_progress: options.NoProgress = False,
     verbose: options.Verbose = False,
-) -> Answer:
+) -> Answer | int:
     """Draw pictures: single PNGs, a grid, and with --compare both models side by side."""
     check_folder(output, overwrite)
+    sharing = Sharing.of(nproc, mode, codec, order)
+    if sharing.to_start:
+        return sharing.start(context.obj)
     from dite.models.load import load_pipeline
 
     precision = dtype and dtype.value
@@ -82,15 +91,18 @@ def generate(
         return Answer(
             {"dry_run": True, "images": [str(output / name) for name in names]} | _facts(job), "\n".join(str(output / name) for name in names)
         )
-    with progress(no_progress) as tick:
-        drawn = draw(pipe, job, tick, model)
+    with progress(no_progress or sharing.rank > 0) as tick:
+        with sharing.share(pipe) as exchanged:
+            drawn = draw(pipe, job, tick, model)
+        if sharing.rank:
+            return 0  # rank 0 has the same pictures, and writes them
         del pipe  # two large models need not fit side by side
         base = draw(load_pipeline(compare, dtype=precision, device=device), job, tick, compare) if compare else None
     rows = {f"this: {model}": drawn} if base is None else {f"base: {compare}": base, f"this: {model}": drawn}
     written = write(output, names, describe(job, model, drawn), rows)
     note(f"{len(names)} pictures in {drawn.seconds:.1f} s, {drawn.seconds_per_step:.3f} s a step")
     document = {"images": [str(output / name) for name in names], "compare": written.get("compare"), "grid": written["grid"]} | _facts(job)
-    document |= {"seconds": drawn.seconds, "seconds_per_step": drawn.seconds_per_step, "exchange": None}
+    document |= {"seconds": drawn.seconds, "seconds_per_step": drawn.seconds_per_step, "exchange": exchanged or None}
     return Answer(document, "\n".join(written.values()))
 
 

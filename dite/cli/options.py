@@ -85,3 +85,16 @@ BudgetTime = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same model, recipe and output.")]
+Nproc = Annotated[
+    int | None,
+    typer.Option("--nproc", help="Ranks to start and to share each picture out over; under torchrun, those it started.", min=1, show_default=False),
+]
+Mode = Annotated[
+    str, typer.Option("--mode", help="How ranks share: kv_gather, ring, ulysses, displaced, pipefusion, cfg, a product as cfg+ring, or auto.")
+]
+Codec = Annotated[
+    str, typer.Option("--codec", help="How exchanges are compressed: none, int8, int4, int2, int1, lowrank-R, topk-K, or a schedule's JSON file.")
+]
+Order = Annotated[
+    int, typer.Option("--order", help="What a codec is given: 0 values, 1 their change, 2 their change against a prediction.", min=0, max=2)
+]

@@ -103,9 +103,25 @@ def _supports(model: Any, refusal: str | None) -> dict[str, dict[str, Any]]:
         "save": {"ok": True, "reason": None},
         "generate": pipeline,
         "evaluate": pipeline,
-        "parallelize": {"ok": False, "reason": NOT_YET},
+        **_parallel_supports(model),
         "serve": {"ok": False, "reason": NOT_YET},
     }
+
+
+def _parallel_supports(model: Any) -> dict[str, dict[str, Any]]:
+    """`parallelize`, and each of its modes."""
+    from dite.parallel.checks import refuse
+    from dite.parallel.topology import MODES, parse
+
+    found = {}
+    for mode in MODES:
+        try:
+            refuse(the_denoiser(model), parse(mode, 2), lambda step, layer: "int4")
+            found[mode] = {"ok": True, "reason": None}
+        except DiteError as error:
+            found[mode] = {"ok": False, "reason": error.why}
+    ok = any(answer["ok"] for answer in found.values())
+    return {"parallelize": {"ok": ok, "reason": None if ok else found[MODES[-1]]["reason"]}, **found}
 
 
 def _parameters(model: torch.nn.Module) -> int:

@@ -1,7 +1,11 @@
 """RankGroup: the processes that make a picture together, and every way in which they exchange bytes.
 
 Processes are started by `dite ... --nproc N` (they meet through a file, and listen on loopback only) or by torchrun (they meet at its address, across
-machines too). Each collective has a deadline; the first one that fails ends the group: the ranks that are left raise RankLost and never wait again.
+machines too). Each exchange has a deadline; the first one that fails ends the group: the ranks that are left raise RankLost and never wait again.
+
+A rank that leaves closes its connections at once, so that those who wait for it learn of it in no time, and they leave in turn. gloo has no other way
+to tell them, and keeps connections open while anything refers to a group or to an exchange of it: so all of these are held here, and let go together.
+Its collectives run in threads that nobody can call off; here it carries messages from rank to rank only.
 """
 
 from __future__ import annotations
@@ -9,19 +13,19 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 
-from dite.errors import RankLost, UsageError
+from dite.errors import ExchangeCorrupted, RankLost, UsageError
+from dite.parallel.launch import RENDEZVOUS, environment_ranks
 
-RENDEZVOUS = "DITE_RENDEZVOUS"  # a file in an empty folder, through which the ranks of --nproc meet
 TIMEOUT_S = 60.0
 
 
@@ -41,13 +45,6 @@ class Traffic:
         self.exchanges += 1
 
 
-def environment_ranks() -> tuple[int, int] | None:
-    """(rank, world size) that --nproc or torchrun gave this process; None for a process that was started alone."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
 class RankGroup:
     """The ranks of a job, or some of them. `members` are their numbers in the whole job; `index` is this rank's place among them.
 
@@ -63,7 +60,9 @@ class RankGroup:
         self._group = process_group
         self._whole = whole or self
         self._lost: RankLost | None = None
-        self._owned: list[Any] = [process_group] if whole is None else whole._owned
+        self._parts: list[RankGroup] = [] if whole is None else whole._parts
+        self._parts.append(self)
+        self._under_way: WeakSet[Pending] = WeakSet() if whole is None else whole._under_way
 
     @property
     def size(self) -> int:
@@ -103,10 +102,9 @@ class RankGroup:
         """The one of `groups` (numbers of ranks, each once) that this rank belongs to. All ranks must call it alike."""
         mine = None
         for members in groups:
-            process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s)) if len(members) > 1 else None
+            with self.waiting("meeting of some ranks"):
+                process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s)) if len(members) > 1 else None
             if self.rank in members:
-                if process_group is not None:
-                    self._whole._owned.append(process_group)
                 mine = RankGroup(members, self.rank, process_group, self.timeout_s, self._whole)
         assert mine is not None, f"rank {self.rank} is in none of {groups}"
         return mine
@@ -118,16 +116,13 @@ class RankGroup:
     def start_all_gather(self, packet: torch.Tensor) -> Pending:
         """The same without waiting."""
         received = [packet if member == self.index else torch.empty_like(packet) for member in range(self.size)]
-        others = [member for member in range(self.size) if member != self.index]
-        with self.waiting("gather"):
-            if others and dist.get_backend(self._group) != "gloo":
-                received[self.index] = torch.empty_like(packet)
-                works = [dist.all_gather(received, packet, group=self._group, async_op=True)]
-            else:
-                # gloo's own gather waits for each half of its ring's hops, and so reaches two thirds of the wire's rate; these messages cross.
-                works = [dist.irecv(received[member], group=self._group, group_src=member) for member in others]
-                works += [dist.isend(packet, group=self._group, group_dst=member) for member in others]
-        return Pending(self, received, works, packet)
+        pending = Pending(self, received, packet)
+        if self.size > 1 and self._device().type == "cuda":
+            with self.waiting("gather"):
+                pending.add(dist.all_gather(received, packet.clone(), group=self._group, async_op=True))
+            return pending
+        others = [(member, tensor) for member, tensor in enumerate(received) if member != self.index]
+        return self._start(pending, [(member, packet) for member, _ in others], others)
 
     def all_to_all(self, packets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """packets[i] goes to member i; what comes back at i is from member i, and as long as ours to it."""
@@ -144,83 +139,131 @@ class RankGroup:
 
     def exchange(self, outgoing: Sequence[tuple[int, torch.Tensor]], incoming: Sequence[tuple[int, torch.Tensor]]) -> Pending:
         """Point-to-point messages (member, tensor) that may cross, started together; `incoming` tensors are filled."""
-        with self.waiting("point-to-point exchange"):
-            receives = [dist.irecv(tensor, group=self._group, group_src=member) for member, tensor in incoming]
-            sends = [dist.isend(tensor, group=self._group, group_dst=member) for member, tensor in outgoing]
-        return Pending(self, [tensor for _, tensor in incoming], [*receives, *sends], [tensor for _, tensor in outgoing])
+        return self._start(Pending(self, [tensor for _, tensor in incoming], [tensor for _, tensor in outgoing]), outgoing, incoming)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Overwrite `tensor` with that of member `source`."""
-        if self.size > 1:
+        if self.size > 1 and self._device().type == "cuda":
             with self.waiting("broadcast"):
                 dist.broadcast(tensor, group=self._group, group_src=source)
+        elif self.index == source:
+            self.exchange([(member, tensor) for member in range(self.size) if member != source], []).wait()
+        else:
+            self.exchange([], [(source, tensor)]).wait()
 
     def barrier(self) -> None:
         """Wait until all members are here; the first one also opens the connections."""
         self.all_gather(torch.zeros(1, dtype=torch.uint8, device=self._device()))
 
+    def bytes_of(self, text: bytes) -> torch.Tensor:
+        """uint8, where this group sends from."""
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self._device())
+
     def gather_json(self, document: Any) -> list[Any]:
-        """Every member's document. Nothing is unpickled."""
-        text = torch.frombuffer(bytearray(json.dumps(document, sort_keys=True).encode()), dtype=torch.uint8).to(self._device())
-        lengths = [int(one) for one in self.all_gather(torch.tensor([len(text)], device=self._device()))]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self._device())
-        padded[: len(text)] = text
-        return [json.loads(bytes(one[:length].cpu().numpy())) for one, length in zip(self.all_gather(padded), lengths, strict=True)]
+        """Every member's document. Nothing is unpickled. Raises ExchangeCorrupted."""
+        text = json.dumps(document, sort_keys=True).encode()
+        sizes = [_opened(bytes(one.cpu().numpy())) for one in self.all_gather(self.bytes_of(_sealed(len(text).to_bytes(8, "little"))))]
+        lengths = [int.from_bytes(size, "little") for size in sizes]
+        padded = self.bytes_of(_sealed(text).ljust(max(lengths) + 4, b"\0"))
+        return [json.loads(_opened(bytes(one[: length + 4].cpu().numpy()))) for one, length in zip(self.all_gather(padded), lengths, strict=True)]
 
     def close(self) -> None:
-        """Leave: connections are closed, and ranks that still wait for this one are told so. The processes can meet again."""
-        if self._lost is None:
-            self._lost = RankLost("this group is closed", "it was left before", "parallelize again")
-        for process_group in self._owned:
-            dist.destroy_process_group(process_group)
-        self._owned.clear()
+        """Leave: connections are closed, and ranks that still wait for this one learn of it. The processes can meet again."""
+        self.leave(RankLost("this group is closed", "it was left before", "parallelize again"))
+
+    def leave(self, reason: BaseException) -> None:
+        """The same, because of an error; whoever uses the group again is told of it."""
+        whole = self._whole
+        if whole._lost is None:
+            why = f"{type(reason).__name__}: {_first_line(reason)}"
+            whole._lost = reason if isinstance(reason, RankLost) else RankLost("this rank has left its group", why, "parallelize again")
+        for pending in list(whole._under_way):
+            pending.abandon()
+        for part in whole._parts:
+            process_group, part._group = part._group, None
+            if process_group is not None:
+                dist.destroy_process_group(process_group)
 
     def check(self) -> None:
         """Raises RankLost when the group has ended."""
         if self._whole._lost is not None:
             raise self._whole._lost
 
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str) -> _Waiting:
         """Count the time of an exchange; what fails in it ends the group."""
-        self.check()
-        started = time.perf_counter()
-        try:
-            yield
-        except (RuntimeError, ValueError) as error:
-            self._whole._lost = RankLost(
-                f"another rank was lost during a {what}",
-                f"rank {self.rank} of {self._whole.size}, deadline {self.timeout_s:.0f} s: {_first_line(error)}",
-                "look at what the other ranks printed, and start all of them again",
-            )
-            raise self._whole._lost from error
-        finally:
-            self.traffic.seconds += time.perf_counter() - started
+        return _Waiting(self, what)
+
+    def _start(self, pending: Pending, outgoing: Sequence[tuple[int, torch.Tensor]], incoming: Sequence[tuple[int, torch.Tensor]]) -> Pending:
+        with self.waiting("point-to-point exchange"):
+            for member, tensor in incoming:
+                pending.add(dist.irecv(tensor, group=self._group, group_src=member))
+            for member, tensor in outgoing:
+                pending.add(dist.isend(tensor, group=self._group, group_dst=member))
+        return pending
 
     def _device(self) -> torch.device:
-        nccl = dist.is_initialized() and dist.get_backend(self._group) == "nccl"
+        nccl = dist.is_initialized() and self._group is not None and dist.get_backend(self._group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+class _Waiting:
+    """A context. Not a generator's: an error's frames refer to the exchange that failed, and would keep its connections open; a generator's context
+    would keep the frames."""
+
+    def __init__(self, group: RankGroup, what: str):
+        self.group, self.what = group, what
+
+    def __enter__(self) -> None:
+        self.group.check()
+        self.started = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        del traceback
+        group = self.group
+        group.traffic.seconds += time.perf_counter() - self.started
+        if not isinstance(error, RuntimeError | ValueError):
+            return
+        why = f"rank {group.rank} of {group._whole.size}, deadline {group.timeout_s:.0f} s: {_first_line(error)}"
+        error.with_traceback(None)
+        group.leave(RankLost(f"another rank was lost during a {self.what}", why, "look at what the other ranks printed, and start all of them again"))
+        raise group._whole._lost from error
 
 
 class Pending:
     """Exchanges under way. `wait` returns the received tensors; what is sent is kept alive until then."""
 
-    def __init__(self, group: RankGroup, received: list[torch.Tensor], works: list[Any], sent: Any):
-        self._group, self._received, self._works, self._sent = group, received, works, sent
+    def __init__(self, group: RankGroup, received: list[torch.Tensor], sent: Any):
+        self._group, self._received, self._sent = group, received, sent
+        self._works: list[Any] = []
+        group._under_way.add(self)
+
+    def add(self, work: Any) -> None:
+        """One more message."""
+        self._works.append(work)
 
     def wait(self) -> list[torch.Tensor]:
         """Raises RankLost."""
         with self._group.waiting("exchange"):
-            for work in self._works:
-                work.wait()
+            while self._works:
+                self._works[0].wait()
+                self._works.pop(0)
         self._sent = None
         return self._received
 
+    def abandon(self) -> None:
+        """Nobody will wait for it."""
+        self._works.clear()
 
-def rendezvous_file(folder: Path) -> str:
-    """Where the ranks of --nproc meet."""
-    return str(folder / "ranks")
+
+def _sealed(text: bytes) -> bytes:
+    return zlib.crc32(text).to_bytes(4, "little") + text
 
 
-def _first_line(error: Exception) -> str:
+def _opened(text: bytes) -> bytes:
+    if text != _sealed(text[4:]):
+        raise ExchangeCorrupted("what a rank says of itself can't be used", "its checksum is wrong", "start the ranks again")
+    return text[4:]
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

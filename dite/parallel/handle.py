@@ -10,10 +10,9 @@ Every rank runs the same script with the same seeds (torchrun, or the command li
 from __future__ import annotations
 
 import inspect
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,32 +20,38 @@ from torch import nn
 
 from dite.errors import DiteError, RanksDisagree, UnsupportedModel, UsageError
 from dite.models.access import the_denoiser
-from dite.models.families import example_inputs
+from dite.parallel.adaptive import START, Adaptive
+from dite.parallel.auto import decide
+from dite.parallel.budget import Profile
+from dite.parallel.calls import checksum, cut, layout
+from dite.parallel.checks import compare_with_one_device, refuse
 from dite.parallel.clock import Clock
 from dite.parallel.codecs import codec as codec_named
-from dite.parallel.families import Family, attentions_of, blocks_of, family_of
-from dite.parallel.group import TIMEOUT_S, RankGroup, environment_ranks
-from dite.parallel.handshake import description, shake_hands
+from dite.parallel.families import Family, attentions_of, family_of
+from dite.parallel.group import TIMEOUT_S, RankGroup
+from dite.parallel.handshake import agree_on_call, description, shake_hands
 from dite.parallel.hooks import Hooks
+from dite.parallel.launch import environment_ranks
 from dite.parallel.modes import Displaced, KVGather, Local, Mode, Ring, Ulysses
 from dite.parallel.runners import CodecOf, PipeFusion, Remembered, Runner, Slices, join_rows
+from dite.parallel.schedule import Schedule
 from dite.parallel.simulation import Alone, Simulation
 from dite.parallel.stream import ADAPTIVE, Moment, Predictor, ResidualStream
-from dite.parallel.topology import STALE, Topology, bounds, parse
+from dite.parallel.topology import Topology, bounds, parse
 
-SAMPLED = 4096
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+AUTO = "auto"
 SIMPLE_MODES = {"kv_gather": KVGather, "ring": Ring, "displaced": Displaced}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all ranks must agree about. `codec` is a name, or a schedule's digest."""
+    """What all ranks must agree about. `codec` is a name, or a schedule's digest; `reason` why mode "auto" chose it."""
 
     mode: str = "kv_gather"
     codec: str = "int4"
     predictor: Predictor = field(default_factory=Predictor)
     patches: int | None = None
+    reason: str = ""
 
 
 class Parallel:
@@ -55,7 +60,8 @@ class Parallel:
     def __init__(self, pipe: Any, topology: Topology, settings: Settings, codec_of: CodecOf, group: RankGroup | Alone):
         self.model = the_denoiser(pipe)
         self.topology, self.settings, self.group = topology, settings, group
-        self._codec_of = codec_of
+        self._adaptive = Adaptive(group, self._layers()) if settings.codec == AUTO and isinstance(group, RankGroup) else None
+        self._codec_of = self._adaptive.codec_of if self._adaptive else codec_of
         self._clock = Clock()
         self._hooks = Hooks()
         self._remembered: dict[tuple[int, int], Remembered] = {}
@@ -72,6 +78,7 @@ class Parallel:
                 self._runner = self._make_runner(family_of(self.model))
                 self._runner.install(self._hooks)
             self._hooks.replace(self.model, "forward", self._around)
+            self._hooks.mark(self.model, "dite_exchange", {"ranks": topology.world, **asdict(settings)})
             self._watch(pipe)
         except BaseException:
             self._hooks.undo()
@@ -80,7 +87,9 @@ class Parallel:
     def __enter__(self) -> Parallel:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if error is not None:
+            self.group.leave(error)  # the other ranks shall not wait for this one
         self.close()
 
     @property
@@ -91,6 +100,9 @@ class Parallel:
     def close(self) -> None:
         """Leave the pipeline as it was found, and the other ranks."""
         self._hooks.undo()
+        with suppress(DiteError):  # what is still under way belongs to no picture
+            for remembered in self._remembered.values():
+                remembered.drain()
         self._remembered = {}
         self.group.close()
 
@@ -108,7 +120,27 @@ class Parallel:
             "bytes_raw": traffic["raw"],
             "exchanges": traffic["exchanges"],
             "seconds_waited": traffic["seconds"],
+            **({"reason": self.settings.reason} if self.settings.reason else {}),
         }
+
+    def schedule(self) -> Schedule:
+        """With codec "auto": what the last request was drawn with; given as `codec`, it draws the same again."""
+        if self._adaptive is None:
+            raise UsageError("there is no schedule to replay", f"codec {self.settings.codec} does not depend on the link", "use codec='auto'")
+        return self._adaptive.schedule()
+
+    def profile(self) -> Profile:
+        """With `simulate`: how much of keys and values changed so far, by step and layer, for `dite.parallel.budget.allocate`."""
+        return self._simulated().changes.profile(self.topology.tokens)
+
+    def changes(self) -> dict[str, list[list[float]]]:
+        """With `simulate`: `change` ‖Δ‖/‖x‖ of keys and values, and `correlation` of successive changes, [step][layer] from the second step on."""
+        return self._simulated().changes.table()
+
+    def _simulated(self) -> Simulation:
+        if not isinstance(self._runner, Simulation):
+            raise UsageError("changes were not recorded", "a simulation does that", "use simulate=True")
+        return self._runner
 
     def reset(self) -> None:
         """Begin a request anew, as pipelines do by `scheduler.set_timesteps`: the next exchange is a keyframe."""
@@ -132,6 +164,9 @@ class Parallel:
     def streams(self) -> list[ResidualStream]:
         """All that is remembered, in an order that is the same on all ranks of a group."""
         return [stream for key in sorted(self._remembered) for stream in self._remembered[key].streams()]
+
+    def _layers(self) -> int:
+        return len(attentions_of(self.model, family_of(self.model)))
 
     def _make_runner(self, family: Family) -> Runner:
         arguments = (self.model, family, self._tokens or self.group, self.settings.predictor, self._codec_of)
@@ -195,24 +230,44 @@ class Parallel:
         def shared(*args: Any, **kwargs: Any) -> Any:
             self.group.check()
             bound = signature.bind(self.model, *args, **kwargs)
-            timestep = bound.arguments.get("timestep")
-            if not isinstance(timestep, torch.Tensor):
-                timestep = torch.tensor(float(timestep or 0))
-            moment = self._clock.tick(float(timestep.flatten()[0]), _checksum(bound.arguments))
-            self._forget()
-            remembered = self._remembered.setdefault((moment.epoch, moment.branch), Remembered())
-            self._steps += 1
-            rows = self._rows(bound.arguments) if self._cfg is not None else None
-            remembered.fit(tuple(bound.arguments["hidden_states"].shape))
-
-            def call() -> Any:
-                return forward(*bound.args[1:], **bound.kwargs)
-
-            with torch.no_grad():
-                result = call() if self._runner is None else self._runner.call(call, moment, remembered)
-                return result if rows is None else self._join_batch(result, rows, moment)
+            exchanged = self.group.traffic.exchanges
+            try:
+                with torch.no_grad():
+                    return self._call(forward, bound)
+            except (UsageError, UnsupportedModel) as refused:
+                if self.group.traffic.exchanges != exchanged:
+                    self.group.leave(refused)
+                raise  # before any exchange all ranks refuse alike
+            except BaseException as error:
+                self.group.leave(error)  # half of a call is done: what this rank would send next is not what others wait for
+                raise
 
         return shared
+
+    def _call(self, forward: Callable, bound: inspect.BoundArguments) -> Any:
+        timestep = bound.arguments.get("timestep")
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.tensor(float(timestep or 0))
+        moment = self._clock.tick(float(timestep.flatten()[0]), checksum(bound.arguments))
+        if isinstance(self.group, RankGroup):
+            agree_on_call(self.group, moment, layout(bound.arguments))
+        self._forget()
+        remembered = self._remembered.setdefault((moment.epoch, moment.branch), Remembered())
+        self._steps += 1
+        rows = self._rows(bound.arguments) if self._cfg is not None else None
+        remembered.fit(tuple(bound.arguments["hidden_states"].shape))
+
+        def call() -> Any:
+            return forward(*bound.args[1:], **bound.kwargs)
+
+        if self._adaptive:
+            self._adaptive.begin(moment)
+        result = call() if self._runner is None else self._runner.call(call, moment, remembered)
+        if rows is not None:
+            result = self._join_batch(result, rows, moment)
+        if self._adaptive:
+            self._adaptive.after(moment, remembered.streams(), self.model.dtype.itemsize)
+        return result
 
     def _rows(self, arguments: dict[str, Any]) -> list[tuple[int, int]]:
         """Cut this rank's rows of the batch out of the arguments; returns everyone's."""
@@ -223,7 +278,7 @@ class Parallel:
         rows = bounds(count, self._cfg.size)
         first, last = rows[self._cfg.index]
         for name, value in arguments.items():
-            arguments[name] = _cut(value, count, first, last)
+            arguments[name] = cut(value, count, first, last)
         return rows
 
     def _join_batch(self, result: Any, rows: list[tuple[int, int]], moment: Moment) -> Any:
@@ -253,10 +308,11 @@ def parallelize(
 ) -> Parallel:
     """Share a pipeline's transformer (or a bare one) out over `degree` ranks; by default over all that were started.
 
-    `mode`: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product (`cfg+ring`, `ulysses+ring`); see dite.parallel.topology.
-    `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, or a `Schedule` of them; `order` 0 sends values, 1 changes, 2 changes against a
-    prediction damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every exchange has the deadline
-    `timeout_s`.
+    `mode`: kv_gather, ring, ulysses, displaced, pipefusion, cfg, or a product (`cfg+ring`, `ulysses+ring`); see dite.parallel.topology. "auto"
+    measures model and link and takes what the cost model finds fastest (mode and codec; or one device): `stats()["reason"]` says why.
+    `codec`: none, int8, int4, int2, int1, lowrank-R, topk-K, a `Schedule` of them, or "auto", which follows the link. `order` 0 sends values, 1
+    changes, 2 changes against a prediction damped by `damping` (0 to 1, or "adaptive"). `patches` of pipefusion: twice the ranks unless given. Every
+    exchange has the deadline `timeout_s`.
 
     With `simulate` this process computes what `degree` ranks would, one after another: to learn what a mode and a codec cost in quality. Its bytes
     are those of all ranks together, each packet counted once.
@@ -266,24 +322,32 @@ def parallelize(
     Raises UsageError, UnsupportedModel, RanksDisagree, RankLost; what was put on the model is taken off again then.
     """
     pipe = getattr(model, "pipe", model)
+    transformer = the_denoiser(pipe)
     place = environment_ranks()
     degree = degree or (place[1] if place else 1)
-    topology = parse(mode, degree)
-    predictor = Predictor(order, damping)
     codec_of, codec_name = _codecs(codec)
-    settings = Settings(mode, codec_name, predictor, patches)
-    transformer = the_denoiser(pipe)
+    settings = Settings(mode, codec_name, Predictor(order, damping), patches)
+    if hasattr(transformer, "dite_exchange"):
+        raise UsageError("this model is shared out already", f"by {transformer.dite_exchange['mode']}", "close its handle first")
+    topology = parse("kv_gather" if mode == AUTO else mode, degree)
     if degree == 1:
         return Parallel(pipe, topology, settings, codec_of, Alone())
     refuse(transformer, topology, codec_of)
-    if simulate:
+    if simulate and mode != AUTO:
         return Parallel(pipe, topology, settings, codec_of, Alone())
-    device = next(transformer.parameters()).device
-    group = RankGroup.join(degree, device, timeout_s)
+    group = RankGroup.join(degree, next(transformer.parameters()).device, timeout_s)
     try:
         shake_hands(group, description(transformer) | {"settings": asdict(settings), "topology": asdict(topology)})
+        if mode == AUTO:
+            decision = decide(transformer, group)
+            codec_of, codec_name = _codecs(decision.codec)
+            settings = replace(settings, mode=decision.mode, codec=codec_name, reason=decision.reason)
+            topology = parse(decision.mode, decision.degree)
+        if topology.world == 1:
+            group.close()
+            return Parallel(pipe, topology, settings, codec_of, Alone(group.rank))
         if probe:
-            _probe(pipe, topology, settings, group)
+            compare_with_one_device(transformer, topology, lambda: _plainly(transformer, topology, settings, group))
         handle = Parallel(pipe, topology, settings, codec_of, group)
     except BaseException:
         group.close()
@@ -293,79 +357,23 @@ def parallelize(
     return handle
 
 
-def refuse(model: nn.Module, topology: Topology, codec_of: CodecOf) -> None:
-    """Raises UnsupportedModel or UsageError for what can be known to be impossible before ranks meet."""
-    family = family_of(model)
-    for layer in range(len(attentions_of(model, family))):
-        codec_named(codec_of(1, layer))
-    if topology.cfg > 1 and not family.batched:
-        name = type(model).__name__
-        raise UnsupportedModel(f"pipelines call {name} once for each guidance branch, so cfg has nothing to share out", "use another mode")
-    if topology.mode in STALE and family.text is not None and topology.tokens > 1:
-        reason = f"text tokens take part in its attention, and would differ between the ranks of {topology.mode}"
-        raise UnsupportedModel(reason, "use kv_gather, ring or ulysses")
-    blocks = len(blocks_of(model, family))
-    if topology.mode == "pipefusion" and blocks < topology.tokens:
-        raise UnsupportedModel(f"{blocks} blocks can't be shared out over {topology.tokens} ranks", f"use at most {blocks} ranks")
+@contextmanager
+def _plainly(model: nn.Module, topology: Topology, settings: Settings, group: RankGroup) -> Iterator[None]:
+    """Shared out without a codec; the group stays open."""
+    handle = Parallel(model, topology, replace(settings, codec="none"), lambda step, layer: "none", group)
+    try:
+        yield
+    finally:
+        handle._hooks.undo()
 
 
 def _codecs(codec: Any) -> tuple[CodecOf, str]:
+    if codec == AUTO:
+        return (lambda step, layer: START), AUTO
     if isinstance(codec, str):
         codec_named(codec)
         return (lambda step, layer: codec), codec
     return codec.codec, f"schedule {codec.digest}"
-
-
-@torch.no_grad()
-def _probe(pipe: Any, topology: Topology, settings: Settings, group: RankGroup) -> None:
-    """Refuse a model whose shared-out result is not one device's."""
-    model = the_denoiser(pipe)
-    inputs = example_inputs(model)
-    if inputs is None:
-        return
-    if topology.cfg > 1:
-        inputs = {name: _repeat(value, topology.cfg) for name, value in inputs.items()}
-    expected = model(**inputs)[0]
-    handle = Parallel(model, topology, settings, lambda step, layer: "none", group)
-    try:
-        got = model(**inputs)[0]
-    except DiteError:
-        raise
-    except Exception as error:  # whatever a model may trip over when it gets some of its tokens
-        raise UnsupportedModel(f"{type(model).__name__} fails when its tokens are shared out: {error}", "use it on one device") from error
-    finally:
-        handle._hooks.undo()
-    error = float((got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
-    limit = TOLERANCE.get(model.dtype, 5e-2)
-    if not error <= limit:
-        raise UnsupportedModel(
-            f"shared out over {topology.world} ranks by {settings.mode}, {type(model).__name__} gives another result",
-            "use it on one device",
-            what=f"relative difference {error:.1e}, where rounding allows {limit:.0e}",
-        )
-
-
-def _repeat(value: Any, count: int) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _repeat(one, count) for name, one in value.items()}
-    return torch.cat([value] * count) if isinstance(value, torch.Tensor) and value.ndim else value
-
-
-def _cut(value: Any, count: int, first: int, last: int) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _cut(one, count, first, last) for name, one in value.items()}
-    return value[first:last] if isinstance(value, torch.Tensor) and value.ndim and len(value) == count else value
-
-
-def _checksum(arguments: Mapping[str, Any]) -> int:
-    """Of some of the values of every tensor that the model is called with."""
-    crc = 0
-    for name, value in sorted(arguments.items()):
-        if isinstance(value, torch.Tensor):
-            flat = value.detach().flatten()
-            part = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().contiguous()
-            crc = zlib.crc32(part.numpy().tobytes(), zlib.crc32(name.encode(), crc))
-    return crc
 
 
 __all__ = ["Parallel", "RanksDisagree", "parallelize"]

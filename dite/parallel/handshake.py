@@ -1,9 +1,14 @@
-"""Before any job, ranks tell each other what they are; one that differs ends it, by name of what differs."""
+"""Before any job, ranks tell each other what they are; one that differs ends it, by name of what differs.
+
+Before each call of the model they tell each other which call it is, in 24 bytes: after that every rank knows the length of every packet to come.
+(gloo ends the process when a message is longer than its receiver expects.)
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import zlib
 from typing import Any
 
@@ -12,9 +17,12 @@ from torch import nn
 
 import dite
 from dite.errors import RanksDisagree
+from dite.parallel.stream import Moment
 from dite_kernels import residual
 
 SAMPLED_VALUES = 64
+_CALL = struct.Struct("<IIIIII")
+_MAGIC = int.from_bytes(b"DTC1", "little")
 
 
 def description(model: nn.Module) -> dict[str, Any]:
@@ -48,3 +56,21 @@ def shake_hands(group: Any, mine: dict[str, Any]) -> None:
                 f"{key}: {other.get(key)} on rank {rank}, {everyone[0].get(key)} on rank 0",
                 "start all ranks with the same command, files and versions",
             )
+
+
+def agree_on_call(group: Any, moment: Moment, layout: int) -> None:
+    """Compare which call this is: of which request and branch, which step, with tensors of which shapes (`layout`) and values (checksums). Raises
+    RanksDisagree on every rank alike."""
+    call = (_MAGIC, moment.epoch, moment.branch, moment.step, layout, moment.inputs)
+    everyone = [_CALL.unpack(bytes(one.cpu().numpy())) for one in group.all_gather(group.bytes_of(_CALL.pack(*call)))]
+    for rank, other in zip(group.members, everyone, strict=True):
+        if other == everyone[0]:
+            continue
+        if other[:-1] == everyone[0][:-1]:
+            told = f"their checksums at step {moment.step} are {other[-1]:08x} and {everyone[0][-1]:08x}"
+            hint = "give all ranks the same seed, as generator=torch.Generator().manual_seed(0), and the same conditions"
+            raise RanksDisagree(f"rank {rank} called the model with other inputs than rank {group.members[0]}", told, hint)
+        names = ("message", "request", "guidance branch", "step", "shapes")
+        wrong = ", ".join(name for name, got, wanted in zip(names, other, everyone[0], strict=False) if got != wanted)
+        told = f"at {moment}, their {wrong} differ"
+        raise RanksDisagree(f"rank {rank} is at another call of the model than rank {group.members[0]}", told, "run the same script on all ranks")

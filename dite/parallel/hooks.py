@@ -31,6 +31,11 @@ class Hooks:
 
         self._stack.callback(back)
 
+    def mark(self, owner: Any, name: str, value: Any) -> None:
+        """owner.name = value, for as long as this is not undone."""
+        setattr(owner, name, value)
+        self._stack.callback(delattr, owner, name)
+
     def before(self, module: nn.Module, hook: Callable[[tuple, dict], tuple[tuple, dict]]) -> None:
         """hook(args, kwargs) → (args, kwargs) before each call."""
         self._stack.callback(module.register_forward_pre_hook(lambda _, args, kwargs: hook(args, kwargs), with_kwargs=True).remove)

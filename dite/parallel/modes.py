@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dite.errors import UnsupportedModel
+from dite.errors import ExchangeCorrupted, UnsupportedModel
 from dite.parallel.attention import Attention, Partial, heads, tokens
 from dite.parallel.codecs import Codec
 from dite.parallel.group import Pending, RankGroup
@@ -53,12 +53,21 @@ def write(streams: Sequence[ResidualStream], values: Sequence[torch.Tensor], tur
 
 
 def read(wire: torch.Tensor, streams: Sequence[ResidualStream], turn: Turn) -> None:
-    """Bring several streams up to date."""
+    """Bring several streams up to date. Raises ExchangeCorrupted, also for what is not zero where nothing was written."""
     at = 0
     for stream in streams:
         size = stream.packet_bytes(turn.codec)
         stream.decode_(wire[at : at + size], turn.codec, turn.moment)
+        if wire[at + size : at + _padded(size)].any():
+            raise _not_empty(stream)
         at += _padded(size)
+    if wire[at:].any():
+        raise _not_empty(streams[-1])
+
+
+def _not_empty(stream: ResidualStream) -> ExchangeCorrupted:
+    where = f"the space behind rank {stream.name.rank}'s packet of layer {stream.name.layer}"
+    return ExchangeCorrupted(f"{where} isn't empty", "it was sent as zeros", "the exchange was stopped before a wrong picture could come of it")
 
 
 def wire_bytes(streams: Sequence[ResidualStream], codec: Codec) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from dite.errors import UnsupportedModel
 from dite.parallel.attention import Attention, heads, tokens
+from dite.parallel.changes import Changes
 from dite.parallel.families import blocks_of
 from dite.parallel.group import Traffic
 from dite.parallel.hooks import Hooks
@@ -28,15 +29,17 @@ from dite.parallel.topology import Topology, bounds
 class Alone:
     """In place of a RankGroup: nobody else is there."""
 
-    rank = 0
-
-    def __init__(self):
+    def __init__(self, rank: int = 0):
+        self.rank = rank
         self.traffic = Traffic()
 
     def check(self) -> None:
         pass
 
     def close(self) -> None:
+        pass
+
+    def leave(self, reason: BaseException) -> None:
         pass
 
 
@@ -62,6 +65,7 @@ class Simulation(Runner):
         self.topology = topology
         self.ranks = topology.tokens
         self.patches = patches or 2 * self.ranks
+        self.changes = Changes()
         self._of_mode: Callable[[_Layer, Attention, Turn], torch.Tensor] = {
             "kv_gather": self._gathered,
             "ring": self._gathered,
@@ -92,6 +96,7 @@ class Simulation(Runner):
         return x
 
     def attend(self, layer: int, call: Attention) -> torch.Tensor:
+        self.changes.layer = layer
         return self._of_mode(self.remembered.layers.setdefault(layer, _Layer()), call, self.turn(layer))
 
     def _gathered(self, layer: _Layer, call: Attention, turn: Turn) -> torch.Tensor:
@@ -170,6 +175,7 @@ class Simulation(Runner):
         if key not in layer.streams_by_key:
             layer.streams_by_key[key] = ResidualStream(Name(0, 0, 0), torch.zeros(x.shape, dtype=x.dtype, device=x.device), self.predictor)
         stream = layer.streams_by_key[key]
+        self.changes.add(turn.moment, key[0], x, stream)
         packet = torch.zeros(stream.packet_bytes(turn.codec), dtype=torch.uint8, device=x.device)
         self.group.traffic.add(len(packet), x.numel() * x.element_size())
         stream.encode(x, turn.codec, turn.moment, packet)

@@ -184,6 +184,23 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
+def heat_map(rows: Sequence[Sequence[float]], title: str, x_label: str, y_label: str) -> str:
+    """A whole SVG file: one cell a value, rows downwards, black on white, the range of its shades written out."""
+    low, high = min(map(min, rows)), max(map(max, rows))
+    wide, tall = (WIDTH - LEFT - RIGHT) / len(rows[0]), (HEIGHT - TOP - BOTTOM) / len(rows)
+    cells = "".join(
+        f'<rect x="{LEFT + column * wide:.2f}" y="{TOP + 10 + row * tall:.2f}" width="{wide:.2f}" height="{tall:.2f}" '
+        f'fill="hsl(215 60% {92 - 72 * (value - low) / ((high - low) or 1):.0f}%)"><title>{number(value)}</title></rect>'
+        for row, values in enumerate(rows)
+        for column, value in enumerate(values)
+    )
+    text = f'<text x="{LEFT}" y="14">{escape(title)}: {number(low)} (light) to {number(high)} (dark)</text>'
+    text += f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)} 0 to {len(rows[0]) - 1}</text>'
+    text += f'<text transform="translate(20 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)} 1 to {len(rows)}</text>'
+    frame = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12"'
+    return f'<svg {frame}><rect width="100%" height="100%" fill="white"/>{cells}{text}</svg>\n'
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten from `low` to `high`, both above zero; over many decades, powers alone.
 

@@ -31,23 +31,31 @@ def digest(configuration: dict[str, Any]) -> str:
 class ShardStore:
     """Shards of one configuration in one folder."""
 
-    def __init__(self, folder: Path, configuration: dict[str, Any], force: bool = False):
-        """Open or create. Raises ResumeConflict when the folder holds another configuration; `force` deletes its shards instead."""
+    def __init__(self, folder: Path, configuration: dict[str, Any], force: bool = False, writes: bool = True):
+        """Open or create. Raises ResumeConflict when the folder holds another configuration; `force` deletes its shards instead. Without `writes`
+        (another rank does that) nothing is changed."""
         self.folder = folder
         self.digest = digest(configuration)
+        self.writes = writes
+        self._stale = False
         found = self._found()
         if found is not None and found != configuration:
             if not force:
                 raise ResumeConflict(
                     f"{folder} belongs to a run with other settings", _differences(found, configuration), "use --force to begin anew, or another -o"
                 )
+            self._stale = not writes
             for path in self._paths():
                 path.unlink()
+        if not writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(folder / CONFIG, json.dumps(configuration, indent=2, sort_keys=True) + "\n")
 
     def write(self, start: int, images: torch.Tensor) -> None:
         """Store the samples from `start` on."""
+        if not self.writes:
+            return
         path = self.folder / f"shard-{start:06}.safetensors"
         partial = path.with_suffix(".partial")
         save_file({"images": images.contiguous()}, partial, {"config": self.digest, "start": str(start)})
@@ -79,7 +87,7 @@ class ShardStore:
         return images
 
     def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("shard-*.safetensors"))
+        return [] if self._stale else sorted(self.folder.glob("shard-*.safetensors"))
 
     def _found(self) -> dict[str, Any] | None:
         try:

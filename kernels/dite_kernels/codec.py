@@ -19,8 +19,7 @@ same bytes, and the state of two ranks can be compared by hash. A sum of floats 
     r = 2^b / max(a, 2^-40);   q = round(|d| · r);   Σ |d| / c := Σ q / (r·c);   √(Σ d² / c) := √(Σ q² / c) / r        b = 15 for int1, 12 for int2
 
 An all-zero group has s = 0, and adds zero. A group with NaN or inf has s = NaN and the codes of d = 0: it poisons its own 64 elements on every rank,
-and no others. s saturates at 65504. LEVELS and t have so few bits that LEVELS·s and t·s are exact. (Which NaN a NaN is, of its many bit patterns, is
-left open.)
+and no others; NaN is always written as torch.nan's bits. s saturates at 65504. LEVELS and t have so few bits that LEVELS·s and t·s are exact.
 
 Second order: what changed last predicts what changes next, damped by β, which every rank knows. The reference is then compared where it is expected:
 
@@ -86,8 +85,8 @@ def payload_shapes(shape: torch.Size | tuple[int, ...], kind: str) -> tuple[tupl
 
 
 def encode(x: torch.Tensor, ref: torch.Tensor, kind: str, prediction: Prediction | None = None) -> Payload:
-    """What `x` [..., n] adds to `ref` [..., n], or to where `prediction` expects it, compressed. Their dtypes may differ. Nothing is changed: pass the
-    payload to `decode_add_`, as every receiver does. Raises ValueError for shapes that don't agree and kinds that don't exist."""
+    """What `x` [..., n] adds to `ref` [..., n], or to where `prediction` expects it, compressed. Their dtypes may differ. Neither is changed: pass
+    the payload to `decode_add_`, as every receiver does. Raises ValueError for shapes that don't agree and kinds that don't exist."""
     if x.shape != ref.shape:
         raise ValueError(f"x is {tuple(x.shape)} and its reference {tuple(ref.shape)}; they must agree")
     code_shape, scale_shape = payload_shapes(x.shape, kind)
@@ -118,8 +117,13 @@ def decode_add_(ref: torch.Tensor, payload: Payload, kind: str, prediction: Pred
     before = prediction.of(ref) if prediction else ref.float()
     new = (before + decode(payload, ref.shape[-1], kind)).to(ref.dtype)
     if prediction:
-        prediction.delta.copy_(new.float() - ref.float())
-    ref.copy_(new)
+        _write(prediction.delta, new.float() - ref.float())
+    _write(ref, new)
+
+
+def _write(to: torch.Tensor, value: torch.Tensor) -> None:
+    """Rounded to its dtype; one NaN for all, which conversions don't agree on even within a tensor."""
+    to.copy_(value).masked_fill_(value.isnan(), torch.nan)
 
 
 def _groups(d: torch.Tensor) -> torch.Tensor:

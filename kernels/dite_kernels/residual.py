@@ -3,7 +3,7 @@
     CPU    cpu: C, compiled at first use for this processor; else the reference
     CUDA   triton, where it is installed, but for predictions; else the reference
 
-All give the same bytes, but for which NaN a NaN is: ranks compare `implementation` before they compare hashes.
+All give the same bytes, but for Triton's NaN, whose bits are its own: ranks compare `implementation` before they compare hashes.
 `DITE_BACKEND=reference` forces the exact one.
 """
 

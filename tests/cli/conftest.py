@@ -33,9 +33,18 @@ def run(capsys):
 @pytest.fixture
 def model_folder(tiny_pipeline, tmp_path):
     """The tiny pipeline as a plain diffusers folder, class names included."""
-    folder = tmp_path / "tiny"
-    tiny_pipeline.save_pretrained(folder)
+    return _saved(tiny_pipeline, tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model_folder_once(make_tiny_pipeline, tmp_path_factory):
+    """The same, for all tests of a module that only read it."""
+    return _saved(make_tiny_pipeline(), tmp_path_factory.mktemp("model") / "tiny")
+
+
+def _saved(pipe, folder):
+    pipe.save_pretrained(folder)
     index = folder / "model_index.json"
-    names = {number: name for name, number in tiny_pipeline.labels.items()}
+    names = {number: name for name, number in pipe.labels.items()}
     index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": names}))
     return folder

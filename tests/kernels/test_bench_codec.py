@@ -12,6 +12,7 @@ from dite_kernels.bench import codec as bench
 from dite_kernels.bench.cases import UnknownCase
 from dite_kernels.bench.codec import Options, bench_codec
 from dite_kernels.bench.timing import Budget
+from dite_kernels.cpu import build
 
 KEYS = {"codec", "direction", "backend", "elements", "ns_per_element", "ratio_to_memcpy"}
 ROW = bench.WIDTH
@@ -69,9 +70,15 @@ def test_a_backend_of_the_same_bits_has_its_rows_beside_the_reference(other):
     ]
 
 
-def test_without_a_card_triton_is_a_note_and_the_reference_is_measured():
+@pytest.mark.parametrize("why", [None, "no C compiler"])
+def test_without_a_card_or_a_compiler_there_is_a_note_and_the_others_are_measured(monkeypatch, why):
+    if why is None and isinstance(build.attempt(), str):
+        pytest.skip("no kernels here")
+    if why:
+        monkeypatch.setattr(build, "attempt", lambda: why)
     document = measured(names="")
-    assert {row["backend"] for row in document["rows"]} == {"reference"} and document["notes"] == ["triton: it needs an NVIDIA card"]
+    assert {row["backend"] for row in document["rows"]} == ({"reference"} if why else {"reference", "cpu"})
+    assert "triton: it needs an NVIDIA card" in document["notes"] and len(document["notes"]) == (2 if why else 1)
 
 
 def payload_wrong(self, x, ref, kind, out):
@@ -129,7 +136,7 @@ def test_a_residual_neither_fades_nor_grows_however_often_it_is_timed(kind, dire
     [
         (("int3",), "no codec 'int3'; there are int8"),
         ((",",), "nothing to measure"),
-        (("int4", "turbo"), "no backend 'turbo'; there are reference, triton"),
+        (("int4", "turbo"), "no backend 'turbo'; there are reference, cpu, triton"),
         (("int4", "", 0), "0 elements can't be measured"),
         (("int4", "", 2**40), "from 1 to"),
         (("int4", "", 1, None, "tpu"), "no device"),

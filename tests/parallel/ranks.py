@@ -1,15 +1,32 @@
-"""Real processes for the tests: `run` starts them on a scenario of scenarios.py and returns what each rank wrote."""
+"""Real processes for the tests: `run` starts them on a scenario of scenarios.py and returns what each rank wrote.
 
+Ranks are forked from one process that has imported everything, so that a test doesn't pay for torch once a rank.
+"""
+
+import atexit
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+
+
+@cache
+def nursery() -> subprocess.Popen:
+    """The process that forks ranks: a line of JSON in, their process ids out."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "evals"), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen([sys.executable, str(HERE / "scenarios.py")], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    return process
 
 
 class Ranks:
@@ -18,32 +35,43 @@ class Ranks:
     def __init__(self, world: int, scenario: str, settings: dict, timeout_s: float = 150.0):
         self.folder = tempfile.TemporaryDirectory()
         self.deadline = time.monotonic() + timeout_s
-        path = Path(self.folder.name)
-        shared = os.environ | {"WORLD_SIZE": str(world), "DITE_RENDEZVOUS": str(path / "ranks"), "OMP_NUM_THREADS": "1"}
-        shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "evals"), os.environ.get("PYTHONPATH", "")])
-        self.processes = []
-        for rank in range(world):
-            command = [sys.executable, str(HERE / "scenarios.py"), scenario, json.dumps(settings), str(path / f"{rank}.json")]
-            log = (path / f"{rank}.log").open("w")
-            self.processes.append(subprocess.Popen(command, env=shared | {"RANK": str(rank)}, stdout=log, stderr=log))
+        process = nursery()
+        process.stdin.write(json.dumps([world, scenario, settings, self.folder.name]) + "\n")
+        process.stdin.flush()
+        assert select.select([process.stdout], [], [], 60)[0], "no ranks were started within 60 s"
+        self.pids = json.loads(process.stdout.readline())
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
+        for rank in range(len(self.pids)):
+            self.signal(rank, signal.SIGKILL)
+        while any(map(self.lives, range(len(self.pids)))) and time.monotonic() < self.deadline + 10:
+            time.sleep(0.01)
         self.folder.cleanup()
+
+    def lives(self, rank: int) -> bool:
+        try:
+            os.kill(self.pids[rank], 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def signal(self, rank: int, number: int) -> None:
+        if self.lives(rank):
+            os.kill(self.pids[rank], number)
 
     def log(self, rank: int) -> str:
         return (Path(self.folder.name) / f"{rank}.log").read_text()
 
     def answer(self, rank: int):
         """What the rank wrote, once it has ended."""
-        self.processes[rank].wait(max(0.1, self.deadline - time.monotonic()))
         path = Path(self.folder.name) / f"{rank}.json"
-        assert path.exists(), f"rank {rank} ended with {self.processes[rank].returncode}:\n{self.log(rank)[-3000:]}"
+        while not path.exists():
+            assert self.lives(rank) or path.exists(), f"rank {rank} ended without an answer:\n{self.log(rank)[-3000:]}"
+            assert time.monotonic() < self.deadline, f"rank {rank} is still at it:\n{self.log(rank)[-3000:]}"
+            time.sleep(0.01)
         return json.loads(path.read_text())
 
     def wait_for(self, name: str, timeout_s: float = 60.0) -> None:
@@ -54,7 +82,7 @@ class Ranks:
             time.sleep(0.01)
 
 
-def run(world: int, scenario: str, **settings):
+def run(world: int, scenario: str, timeout_s: float = 150.0, **settings):
     """Every rank's answer."""
-    with Ranks(world, scenario, settings) as ranks:
+    with Ranks(world, scenario, settings, timeout_s) as ranks:
         return [ranks.answer(rank) for rank in range(world)]

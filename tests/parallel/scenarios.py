@@ -1,9 +1,10 @@
-"""What the ranks of a test do. Run as `python scenarios.py NAME SETTINGS-JSON ANSWER-FILE` by ranks.py."""
+"""What the ranks of a test do. Started by ranks.py; reads a line for each scenario and forks its ranks."""
 
 import json
 import os
+import signal
 import sys
-import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -12,40 +13,9 @@ import dite
 from dite.models.families import example_inputs
 from dite.parallel.handle import parallelize
 
-
-def build(family):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module._build(family)
-
-
-def denoise(model, inputs, steps, seed=0):
-    """A few steps of a sampler: each input is the one before, changed a little by the model's answer."""
-    x = inputs["hidden_states"] + torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for step in range(steps):
-            timestep = torch.full_like(inputs["timestep"], 900 - step)
-            out = model(**inputs | {"hidden_states": x, "timestep": timestep})[0]
-            x = x - 0.05 * out[:, : x.shape[1]] if out.shape != x.shape else x - 0.05 * out
-    return x
-
-
-def rows(inputs, count):
-    """The inputs of several samples."""
-
-    def repeat(value):
-        if isinstance(value, dict):
-            return {name: repeat(one) for name, one in value.items()}
-        return torch.cat([value] * count) if isinstance(value, torch.Tensor) and value.ndim else value
-
-    return repeat(dict(inputs))
-
-
-def error(got, expected):
-    return float((got - expected).norm() / expected.norm())
+sys.path.insert(0, str(Path(__file__).parent))
+import fault_scenarios as faults
+from samples import FAMILIES, build, denoise, error, rows
 
 
 def agree(par, document):
@@ -60,37 +30,74 @@ def agree(par, document):
     document["same"] = par.settings.codec == "none" or all(len(digests) == 1 for digests in held.values())
 
 
-def modes(cases, steps):
-    """For each case [family, mode, codec, order]: distance from one device and from the simulation, and whether states agree."""
-    world, found = int(os.environ["WORLD_SIZE"]), []
-    for family, mode, codec, order in cases:
-        model = build(family)
-        inputs = dict(example_inputs(model))
-        if mode.startswith("cfg"):
-            inputs = rows(inputs, 3)
-        document = {"case": [family, mode, codec, order]}
-        one = denoise(model, inputs, steps)
-        try:
-            with parallelize(model, world, mode, codec, order=order, timeout_s=30) as par:
-                got = denoise(model, inputs, steps)
-                agree(par, document)
-                document |= par.stats()
-            with parallelize(model, world, mode, codec, order=order, simulate=True):
-                simulated = denoise(model, inputs, steps)
-            document |= {"error": error(got, one), "simulated": error(got, simulated), "undone": torch.equal(denoise(model, inputs, steps), one)}
-        except dite.DiteError as refused:
-            document |= {"refused": refused.why or refused.what}
-        found.append(document)
-    return found
+def modes(cases):
+    """For each case {family, mode, codec, order, ...}: distance from one device and from the simulation, and whether states agree."""
+    return [one_case(**case) for case in cases]
 
 
-SCENARIOS = {"modes": modes}
+def one_case(family, mode, codec="none", order=2, steps=4, dtype="float32", quantized=False, probe=False, samples=1, damping="adaptive"):
+    model = build(family).to(getattr(torch, dtype))
+    if quantized:
+        dite.quantize(model, "w4a8", effort="fast")
+    inputs = rows(example_inputs(model), 3 if mode.startswith("cfg") else samples)
+    document = {"case": [family, mode, codec, order]}
+    settings = {"mode": mode, "codec": codec, "order": order, "damping": damping}
+    world = int(os.environ["WORLD_SIZE"])
+    one = denoise(model, inputs, steps)
+    try:
+        with parallelize(model, world, **settings, timeout_s=30, probe=probe) as par:
+            got = denoise(model, inputs, steps)
+            agree(par, document)
+            document |= par.stats()
+    except dite.DiteError as refused:
+        return document | {"refused": refused.why or refused.what, "type": type(refused).__name__, "undone": torch.equal(denoise(model, inputs, steps), one)}
+    with parallelize(model, world, **settings, simulate=True):
+        simulated = denoise(model, inputs, steps)
+    with parallelize(model, world, **settings | {"codec": "none"}, simulate=True):
+        exact = denoise(model, inputs, steps)
+    document |= {"error": error(got, one), "simulated": error(got, simulated), "own": error(simulated, exact)}
+    return document | {"undone": torch.equal(denoise(model, inputs, steps), one)}
+
+
+SCENARIOS = {"modes": modes, **faults.SCENARIOS}
+
+
+def be_rank(rank, world, scenario, settings, folder):
+    """The life of a forked rank."""
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "DITE_RENDEZVOUS": str(folder / "ranks"), "ANSWERS": str(folder)}
+    result = SCENARIOS[scenario](**settings)
+    (folder / f"{rank}.part").write_text(json.dumps(result))
+    os.replace(folder / f"{rank}.part", folder / f"{rank}.json")
+
+
+def main():
+    torch.set_num_threads(1)
+    for family in FAMILIES:
+        build(family)  # diffusers imports its models when they are first used
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    for line in sys.stdin:
+        world, scenario, settings, folder = json.loads(line)
+        pids = []
+        for rank in range(world):
+            pid = os.fork()
+            if not pid:
+                code = 1
+                try:
+                    be_rank(rank, world, scenario, settings, Path(folder))
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+
 
 if __name__ == "__main__":
-    name, settings, answer = sys.argv[1:]
-    torch.set_num_threads(1)
-    started = time.perf_counter()
-    result = SCENARIOS[name](**json.loads(settings))
-    Path(answer + ".part").write_text(json.dumps(result))
-    os.replace(answer + ".part", answer)
-    print(f"{name} took {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    main()

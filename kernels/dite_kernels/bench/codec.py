@@ -26,6 +26,8 @@ from dite_kernels.bench.environment import chosen_device, environment
 from dite_kernels.bench.timing import Budget, Clock, Progress, Timing, interleave, kernel_clock
 from dite_kernels.bench.vendor import Candidate
 from dite_kernels.codec import Payload
+from dite_kernels.cpu import build
+from dite_kernels.cpu import residual as cpu
 from dite_kernels.triton_kernels.backend import missing
 
 NAME = "codec"
@@ -57,6 +59,27 @@ class Reference:
         exact.decode_add_(ref, payload, kind)
 
 
+class Cpu:
+    """C."""
+
+    def encode_(self, x: torch.Tensor, ref: torch.Tensor, kind: str, out: Payload) -> None:
+        cpu.encode_into(out, x, ref, kind)
+        cpu.decode_add_(ref, out, kind)
+
+    def decode_add_(self, ref: torch.Tensor, payload: Payload, kind: str) -> None:
+        cpu.decode_add_(ref, payload, kind)
+
+
+def _cpu(device: torch.device) -> Codec:
+    if device.type != "cpu":
+        raise BackendUnavailable(f"it runs on CPUs, not on {device.type}")
+    try:
+        build.library()
+    except build.Unavailable as error:
+        raise BackendUnavailable(str(error)) from error
+    return Cpu()
+
+
 def _triton(device: torch.device) -> Codec:
     why = "it needs an NVIDIA card" if device.type == "cpu" else missing(device)  # its interpreter's times would say nothing
     if why:
@@ -66,7 +89,7 @@ def _triton(device: torch.device) -> Codec:
     return residual
 
 
-CODECS: dict[str, Callable[[torch.device], Codec]] = {"reference": lambda device: Reference(), "triton": _triton}
+CODECS: dict[str, Callable[[torch.device], Codec]] = {"reference": lambda device: Reference(), "cpu": _cpu, "triton": _triton}
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ UNITS = {"dite_cpu.c": [], "residual.c": ["-ffp-contract=off"]}
 COMPILERS = ("gcc", "cc", "clang")
 DEADLINE_S = 300
 COMMON = ["-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"]
 # Best first: what /proc/cpuinfo must list, and what the compiler is told.
 LEVELS = {
-    "amx": (("amx_int8", "amx_tile", "avx512_vnni", "avx512_bf16", "avx512bw"), [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8"]),
-    "avx512_vnni": (("avx512_vnni", "avx512bw"), AVX512),
-    "avx2": (("avx2", "fma"), ["-mavx2", "-mfma"]),
+    "amx": (("amx_int8", "amx_tile", "avx512_vnni", "avx512_bf16", "avx512bw", "f16c"), [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8"]),
+    "avx512_vnni": (("avx512_vnni", "avx512bw", "f16c"), AVX512),
+    "avx2": (("avx2", "fma", "f16c"), ["-mavx2", "-mfma", "-mf16c"]),
     "portable": ((), []),
 }
 

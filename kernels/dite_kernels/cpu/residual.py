@@ -32,15 +32,12 @@ class CResidual(ctypes.Structure):
 
 def takes(*tensors: torch.Tensor) -> bool:
     """Whether the kernels can read these as they are: fp32, bf16 or fp16 on the CPU, up to 3 dimensions, the last with stride 1."""
-    return all(
-        tensor.device.type == "cpu"
-        and tensor.dtype in TYPES
-        and tensor.layout is torch.strided
-        and 1 <= tensor.ndim <= MOST_DIMENSIONS
-        and (tensor.shape[-1] <= 1 or tensor.stride(-1) == 1)
-        and not tensor.is_neg()
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if tensor.dtype not in TYPES or not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg():
+            return False
+        if not 1 <= tensor.ndim <= MOST_DIMENSIONS or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
+            return False
+    return True
 
 
 @torch.compiler.disable

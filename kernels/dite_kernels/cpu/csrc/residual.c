@@ -1,29 +1,34 @@
 /* The residual codecs of dite_kernels/codec.py, which has their formulas, byte for byte; one pass over memory.
 
    Every product and sum must be rounded by itself here: this file is compiled on its own, with -ffp-contract=off. What a group of 64 needs is in
-   residual_avx512.h, or in plain loops in residual_plain.h that compilers vectorise; this file has what a group does once, and shares groups out. */
+   residual_avx512.h, residual_avx2.h, or in loops that compilers vectorise, residual_plain.h; this file has what a group does once, and shares groups out. */
 
 #include "residual.h"
 
 #ifdef __AVX512BW__
 #include "residual_avx512.h"
+#elif defined(__AVX2__) && defined(__F16C__)
+#include "residual_avx2.h"
 #else
 #include "residual_plain.h"
 #endif
 
 static const float SMALLEST = 0x1p-40f, HALF_MAX = 65504;
-static const uint16_t HALF_NAN = 0x7e00;
+enum { HALF_NAN = 0x7e00, INFINITE = 0x7f800000, BATCH = 8 };
 
-/* The fp16 scale of a group of finite numbers d. */
-INLINE uint16_t scale_of(const Values *d, float largest, int count, int bits) {
+/* What |d| is multiplied with before whole numbers are summed; 2 bits and 1. */
+INLINE float step_of(float largest, int bits) { return (bits == 2 ? 0x1p12f : 0x1p15f) / (largest > SMALLEST ? largest : SMALLEST); }
+
+/* The fp16 scale of a group of finite numbers, from the largest |d|, or from the sum over round(|d| step), of 2 bits their squares. */
+INLINE uint16_t scale_of(float largest, int32_t whole, int count, int bits) {
     if (bits >= 4) {
         float scale = largest / (float)((1 << (bits - 1)) - 1);
         scale = scale < HALF_MAX ? scale : HALF_MAX;
         uint16_t half = to_half(scale);
-        return from_half(half) < scale ? half + 1 : half; /* bits of positive halves are ordered like the numbers */
+        return half + (from_half(half) < scale); /* bits of positive halves are ordered like the numbers; no branch, half of them would be missed */
     }
-    float step = (bits == 2 ? 0x1p12f : 0x1p15f) / (largest > SMALLEST ? largest : SMALLEST);
-    float sum = (float)whole_sum(d, step, bits == 2), scale = bits == 2 ? sqrtf(sum / (float)count) / step : sum / (step * (float)count);
+    float step = step_of(largest, bits), sum = (float)whole;
+    float scale = bits == 2 ? sqrtf(sum / (float)count) / step : sum / (step * (float)count);
     return to_half(scale < HALF_MAX ? scale : HALF_MAX);
 }
 
@@ -35,37 +40,51 @@ typedef struct {
     float beta;
 } Group;
 
-/* What the group is compared with and added to; `ref` is what is there now. */
-INLINE Values prediction(const Residual *r, const Group *at, const Values *ref, const Values *delta) {
-    return r->delta ? predicted(ref, delta, at->beta) : *ref;
-}
-
-INLINE void encode_group(const Residual *r, Group at, int bits, int count) {
-    Values ref = load(at.ref, r->ref_type, count), delta;
-    if (r->delta) delta = load(at.delta, r->ref_type, count);
-    Values x = load(at.x, r->x_type, count), from = prediction(r, &at, &ref, &delta), d = difference(&x, &from, count);
-    int32_t largest = largest_bits(&d);
-    int finite = largest < 0x7f800000;
-    if (!finite) {
-        d = zeros();
-        largest = 0;
+/* `many` groups of `count` numbers, step by step for all: in one group each step waits for the one before. Beyond `count` everything is zero, and so is
+   d; but for a beta that is not finite, and poisons the group as it is. */
+INLINE void encode_groups(const Residual *r, Group at, int bits, int many, int count) {
+    Values d[BATCH];
+    int32_t largest[BATCH], whole[BATCH] = {0};
+    char poisoned[BATCH] = {0};
+    uint16_t scale[BATCH];
+    int64_t x_size = GROUP * size_of(r->x_type), ref_size = GROUP * size_of(r->ref_type);
+    int finite = 1; /* all of them, which they usually are */
+    for (int i = 0; i < many; i++) {
+        Values ref = load(at.ref + i * ref_size, r->ref_type, count), x = load(at.x + i * x_size, r->x_type, count);
+        if (r->delta) {
+            Values delta = load(at.delta + i * ref_size, r->ref_type, count);
+            ref = predicted(&ref, &delta, at.beta);
+        }
+        d[i] = difference(&x, &ref);
+        largest[i] = largest_bits(&d[i]);
+        finite &= largest[i] < INFINITE;
     }
-    uint16_t scale = scale_of(&d, float_of((uint32_t)largest), count, bits);
-    pack(at.codes, &d, from_half(scale), bits);
-    if (!finite) scale = HALF_NAN;
-    memcpy(at.scale, &scale, 2);
+    for (int i = 0; i < many && !finite; i++) {
+        poisoned[i] = largest[i] >= INFINITE;
+        if (!poisoned[i]) continue;
+        d[i] = zeros();
+        largest[i] = 0;
+    }
+    for (int i = 0; i < many && bits < 4; i++) whole[i] = whole_sum(&d[i], step_of(float_of((uint32_t)largest[i]), bits), bits == 2);
+    for (int i = 0; i < many; i++) scale[i] = scale_of(float_of((uint32_t)largest[i]), whole[i], count, bits);
+    for (int i = 0; i < many; i++) pack(at.codes + i * GROUP / 8 * bits, &d[i], from_half(scale[i]), bits);
+    for (int i = 0; i < many && !finite; i++)
+        if (poisoned[i]) scale[i] = HALF_NAN;
+    memcpy(at.scale, scale, 2 * (size_t)many);
 }
 
 /* NaN is written as one pattern of bits, whichever operand it came from: ranks compare their references by hash. */
 INLINE void decode_group(const Residual *r, Group at, int bits, int count) {
     uint16_t half;
     memcpy(&half, at.scale, 2);
-    Values ref = load(at.ref, r->ref_type, count), delta;
-    if (r->delta) delta = load(at.delta, r->ref_type, count);
-    Values from = prediction(r, &at, &ref, &delta), new = sum_with_codes(&from, at.codes, from_half(half), bits);
-    Values held = store(at.ref, r->ref_type, &new, count);
+    Values ref = load(at.ref, r->ref_type, count), from = ref;
     if (r->delta) {
-        Values change = difference(&held, &ref, count);
+        Values delta = load(at.delta, r->ref_type, count);
+        from = predicted(&ref, &delta, at.beta);
+    }
+    Values new = sum_with_codes(&from, at.codes, from_half(half), bits), held = store(at.ref, r->ref_type, &new, count);
+    if (r->delta) {
+        Values change = difference(&held, &ref);
         store(at.delta, r->ref_type, &change, count);
     }
 }
@@ -80,15 +99,20 @@ INLINE void groups(const Residual *r, int64_t from, int64_t end, int bits, int d
                     (char *)r->ref + (sample * r->ref_strides[0] + token * r->ref_strides[1] + column) * ref_size,
                     r->delta ? (char *)r->delta + (sample * r->delta_strides[0] + token * r->delta_strides[1] + column) * ref_size : 0,
                     r->codes + from * GROUP / 8 * bits, r->scale + 2 * from, r->delta ? r->beta[sample] : 0};
-        for (; from < last; from++, column += GROUP) {
-            int count = (int)minimum(GROUP, r->columns - column);
-            if (count < GROUP) decode ? decode_group(r, at, bits, count) : encode_group(r, at, bits, count);
-            else decode ? decode_group(r, at, bits, GROUP) : encode_group(r, at, bits, GROUP);
-            at.x += GROUP * x_size;
-            at.ref += GROUP * ref_size;
-            if (at.delta) at.delta += GROUP * ref_size;
-            at.codes += GROUP / 8 * bits;
-            at.scale += 2;
+        while (from < last) {
+            int64_t left = r->columns - column, many = minimum(minimum(last - from, left / GROUP), decode ? 1 : BATCH);
+            if (many && decode) decode_group(r, at, bits, GROUP);
+            else if (many) encode_groups(r, at, bits, (int)many, GROUP);
+            else if (decode) decode_group(r, at, bits, (int)left);
+            else encode_groups(r, at, bits, 1, (int)left);
+            many += !many;
+            from += many;
+            column += many * GROUP;
+            at.x += many * GROUP * x_size;
+            at.ref += many * GROUP * ref_size;
+            if (at.delta) at.delta += many * GROUP * ref_size;
+            at.codes += many * GROUP / 8 * bits;
+            at.scale += 2 * many;
         }
     }
 }
@@ -105,9 +129,10 @@ WORK(decode4, 4, 1)
 WORK(decode2, 2, 1)
 WORK(decode1, 1, 1)
 
+/* In more parts than threads: others may be using a core. */
 static void share_out(const Residual *r, Work *work) {
-    int64_t total = r->samples * r->tokens * divide_up(r->columns, GROUP), parts = r->threads;
-#pragma omp parallel for num_threads(r->threads) schedule(static) if (parts > 1)
+    int64_t total = r->samples * r->tokens * divide_up(r->columns, GROUP), parts = r->threads > 1 ? 4 * r->threads : 1;
+#pragma omp parallel for num_threads(r->threads) schedule(dynamic, 1) if (parts > 1)
     for (int64_t part = 0; part < parts; part++) work(r, total * part / parts, total * (part + 1) / parts);
 }
 

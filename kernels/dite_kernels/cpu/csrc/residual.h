@@ -31,6 +31,14 @@ INLINE float float_of(uint32_t bits) {
     return value.f;
 }
 
+#ifdef __F16C__
+
+INLINE float from_half(uint16_t half) { return _cvtsh_ss(half); }
+
+INLINE uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+#else
+
 /* fp16 to fp32, subnormals too: the exponent is moved by a multiplication. NaN stays NaN. */
 INLINE float from_half(uint16_t half) {
     uint32_t size = half & 0x7fff, sign = (uint32_t)(half & 0x8000) << 16;
@@ -47,3 +55,5 @@ INLINE uint16_t to_half(float x) {
     uint32_t half = (rounded >> 13 & 0x7c00) + (rounded & 0x0fff);
     return (uint16_t)(bits >> 16 & 0x8000) | (uint16_t)(doubled > 0xff000000 ? 0x7e00 : half);
 }
+
+#endif

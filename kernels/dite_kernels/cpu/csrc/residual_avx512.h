@@ -56,10 +56,9 @@ INLINE Values predicted(const Values *ref, const Values *delta, float beta) {
     return v;
 }
 
-/* a - b, zero where there is nothing. */
-INLINE Values difference(const Values *a, const Values *b, int count) {
+INLINE Values difference(const Values *a, const Values *b) {
     Values v;
-    EACH v.part[i] = _mm512_maskz_sub_ps(present(count, i), a->part[i], b->part[i]);
+    EACH v.part[i] = _mm512_sub_ps(a->part[i], b->part[i]);
     return v;
 }
 

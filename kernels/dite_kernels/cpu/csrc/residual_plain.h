@@ -53,11 +53,9 @@ INLINE Values predicted(const Values *ref, const Values *delta, float beta) {
     return v;
 }
 
-/* a - b, zero where there is nothing. */
-INLINE Values difference(const Values *a, const Values *b, int count) {
+INLINE Values difference(const Values *a, const Values *b) {
     Values v;
     EACH v.part[k] = a->part[k] - b->part[k];
-    for (int k = count; k < GROUP; k++) v.part[k] = 0;
     return v;
 }
 
