@@ -1,4 +1,4 @@
-"""`dite bench linear | forward | codec`: how fast quantized linears, whole forwards and residual codecs are here, as data."""
+"""`dite bench linear | forward | codec | exchange`: how fast quantized linears, forwards, codecs and parallel steps are here, as data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from dite_kernels.bench.timing import Budget
 
 app = typer.Typer(
-    help="Measure speed: quantized linears (linear), whole forwards of a transformer (forward), or codecs of residuals (codec).", no_args_is_help=True
+    help="Measure speed: quantized linears (linear), whole forwards of a transformer (forward), codecs of residuals (codec), or steps on several "
+    "ranks over slow links (exchange).",
+    no_args_is_help=True,
 )
 
 
@@ -31,6 +33,7 @@ class Size(StrEnum):
     dit_xl_2 = "dit-xl-2"
 
 
+EXCHANGE_MODES = "kv_gather,ring,ulysses,displaced,pipefusion"
 Backends = Annotated[str, typer.Option("--backends", metavar="NAME,...", help="Backends from `dite doctor`.")]
 Rounds = Annotated[
     int | None, typer.Option("--rounds", help="Rounds to time, exactly; otherwise as many as fit into --seconds.", min=1, show_default=False)
@@ -173,6 +176,48 @@ def codec(
     return _answer(document, _again(["codec"], again), output, table(document))
 
 
+@app.command()
+def exchange(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A folder, a hub id, or builtin:NAME.", show_default=False)] = None,
+    size: Annotated[Size | None, typer.Option("--size", help="Instead of MODEL: random weights of this size.", show_default=False)] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="With --size: tokens a picture, 1024 unless given.", min=1, show_default=False)
+    ] = None,
+    layers: Annotated[int | None, typer.Option("--layers", help="With --size: so many blocks, 6 unless given.", min=2, show_default=False)] = None,
+    nproc: Annotated[int, typer.Option("--nproc", metavar="N", help="Ranks, each a process of one thread.", min=2, max=64)] = 2,
+    modes: Annotated[str, typer.Option("--modes", metavar="NAME,...", help="As dite.parallelize takes them.")] = EXCHANGE_MODES,
+    codecs: Annotated[str, typer.Option("--codecs", metavar="NAME,...", help="none is raw, in bf16.")] = "none,int8,int4,int2,int1",
+    links: Annotated[
+        str, typer.Option("--links", metavar="NAME,...", help="unshaped, 1gbit, 300mbit, 100mbit; all but the first need root, ip and tc.")
+    ] = "unshaped",
+    steps: Annotated[int, typer.Option("--steps", help="Steps of a trajectory, the first of which is a keyframe.", min=2)] = 6,
+    rounds: Annotated[int, typer.Option("--rounds", help="How often each candidate draws it.", min=1)] = 3,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="B", help="Samples in a step; 2 of a class-conditional model are both guidance branches.", min=1)
+    ] = 1,
+    output: Output = None,
+    json: options.Json = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> Answer:
+    """Time steps of a transformer on several ranks by mode, codec and link, side by side with one device. Starts its ranks itself."""
+    _check_output(output)
+    if (model is None) == (size is None):
+        raise UsageError("one model is needed", "MODEL or --size, and not both", "for example dite bench exchange builtin:cifar10-dit")
+    if size is None and (tokens or layers):
+        raise UsageError("--tokens and --layers are for --size", f"{model} has its own", "leave them out")
+    from dite_evals.exchange_speed import Asked, bench_exchange
+
+    chosen = model or {"size": size.value, "tokens": tokens or 1024, "layers": layers or 6}
+    asked = Asked(chosen, nproc, _words(modes), _words(codecs), _words(links), steps, rounds, batch_size)
+    asked.check()
+    with progress(no_progress) as tick:
+        document = bench_exchange(asked, progress=tick)
+    flags = {"size": size and size.value, "tokens": tokens, "layers": layers, "nproc": nproc, "modes": modes, "codecs": codecs, "links": links}
+    again = flags | {"steps": steps, "rounds": rounds, "batch-size": batch_size}
+    return _answer(document, _again(["exchange", *([model] if model else [])], again), output, _exchange_table(document))
+
+
 def _refused(bench: str, error: Exception) -> UsageError:
     what, _, why = str(error).partition("; ")
     return UsageError(what, why, f"`dite bench {bench} --help` lists what it takes")
@@ -261,3 +306,20 @@ def _table(document: dict[str, Any]) -> Group:
         table.add_row(*map(escape, (row["name"], backend, *times, *shown)))
     baseline = f"ratio: to {document['rows'][0]['baseline']}; above 1 is faster"
     return Group(table, escape(baseline), *(escape(f"note: {note}") for note in document["notes"]))
+
+
+def _exchange_table(document: dict[str, Any]) -> Group:
+    """Rows by link, the fastest first."""
+    table = Table(
+        "link", "mode", "codec", "ms a step", "keyframe ms", "× one device", "× best raw", "kB a step", "exposed ms", "hidden ms", "predicted ms",
+        "latent error", box=None, padding=(0, 2, 0, 0),
+    )  # fmt: skip
+    order = {name: place for place, name in enumerate(document["configuration"]["links"])}
+    for row in sorted(document["rows"], key=lambda row: (order[row["link"]], row["seconds_per_step"])):
+        ms = [f"{1e3 * row[name]:.1f}" for name in ("seconds_per_step", "keyframe_seconds")]
+        ratios = ["" if row[name] is None else f"{row[name]:.2f}" for name in ("ratio_to_one_device", "ratio_to_best_raw_synchronous")]
+        more = [f"{row['bytes_per_step'] / 1e3:.1f}", *(f"{1e3 * row[name]:.1f}" for name in ("exposed_seconds", "hidden_seconds"))]
+        predicted = f"{1e3 * row['predicted_seconds']:.1f}" if "predicted_seconds" in row else ""
+        table.add_row(row["link"], row["mode"], row["codec"], *ms, *ratios, *more, predicted, f"{row['latent_relative_error']:.2g}")
+    legend = "× one device, × best raw: how many times as fast as one device, and as the best of kv_gather, ring and ulysses without a codec"
+    return Group(table, legend)

@@ -7,8 +7,8 @@ W ranks a group, c = compute of one device without its fixed part f, A = its att
     kv_gather    f + c/W                   (W−1) · T(packet)                             layer
     ring         f + c/W                   (W−1) · max(0, T(packet) − A/(L·W·W))         layer   a hop hides behind the attention of the block held
     ulysses      f + c/W                   2 latencies + bytes / bandwidth               layer   two all-to-alls
-    displaced    f + c/W                   max(0, all of kv_gather − compute)            step    stale K and V hide behind the whole step
-    pipefusion   f + (M+W−1)/M · c/W       (W−1) · t + (M−1) · max(0, t − c/(W·M))       step    t = T(patch); filling the pipe hides nothing
+    displaced    f + c/W                   max(T(packet), all of kv_gather − compute)    step    the output waits behind the last layer's packets
+    pipefusion   (M+W−1) · (f + c/M)/W     (W−1) · t + (M−1) · max(0, t − (f + c/M)/W)   step    t = T(patch); filling the pipe hides nothing
 
 The output travels raw and unhidden in every mode. The first step of `displaced` and `pipefusion` has no stale state yet: it is synchronous, and in a
 pipeline serial. Encoding and decoding run on the device, unhidden, at the `speeds` given. Left out: contention between ranks on a shared switch,
@@ -69,7 +69,8 @@ def predict(workload: Workload, link: Link, layout: Layout, first: bool = False,
         compute_s = share.fixed_s + (share.compute_s - share.fixed_s) / layout.group
         exchange_s, hidden_s = _per_layer(workload, share, link, active)
         if layout.mode == "displaced" and not first:
-            hidden_s = min(exchange_s, compute_s + codec_s)
+            # The output is queued behind the last layer's packets, which nothing is left to hide.
+            hidden_s = min(exchange_s * (1 - 1 / workload.layers), compute_s + codec_s)
     finish_s = _output_seconds(workload, link, layout)
     exchange_s += finish_s
     exposed_s = exchange_s - hidden_s
@@ -105,9 +106,9 @@ def _pipeline(workload: Workload, share: Workload, link: Link, layout: Layout, c
     if first:  # every token needs fresh K and V of all others, so a stage waits for all patches of the one before
         return share.compute_s, (stages - 1) * patches * patch_s, 0.0, stages * stage_codec_s
     turns = patches + stages - 1
-    compute_s = share.fixed_s + turns * varying_s / (stages * patches)
-    turn_s = (varying_s / stages + stage_codec_s) / patches
-    return compute_s, turns * patch_s - patch_s, (patches - 1) * min(patch_s, turn_s), turns * stage_codec_s / patches
+    patch_compute_s = (share.fixed_s + varying_s / patches) / stages  # each patch is a call of its own, whose fixed part the stages share
+    turn_s = patch_compute_s + stage_codec_s / patches
+    return turns * patch_compute_s, turns * patch_s - patch_s, (patches - 1) * min(patch_s, turn_s), turns * stage_codec_s / patches
 
 
 def _output_seconds(workload: Workload, link: Link, layout: Layout) -> float:

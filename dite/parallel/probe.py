@@ -185,14 +185,16 @@ def _stream_s(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tup
     x = torch.randn(shape, generator=generator).to(dtype)
     change = 0.05 * torch.randn(shape, generator=generator).to(dtype)
     stream = ResidualStream(Name(0, 0, 0), torch.zeros(shape, dtype=dtype), Predictor())
-    encoding = decoding = 0.0
+    chosen, encoding, decoding = codec(name), 0.0, 0.0
     for step in range(FRAMES):
-        x, moment, chosen = x + change, Moment(0, 0, step), codec(name)
+        x, moment = x + change, Moment(0, 0, step)
         packet = torch.zeros(stream.packet_bytes(chosen), dtype=torch.uint8)
-        one = _timed(lambda x=x, packet=packet, moment=moment: stream.encode(x, chosen, moment, packet))
-        other = _timed(lambda packet=packet, moment=moment: stream.decode_(packet, chosen, moment))
+        begin = time.perf_counter()
+        stream.encode(x, chosen, moment, packet)
+        between = time.perf_counter()
+        stream.decode_(packet, chosen, moment)
         if step:
-            encoding, decoding = encoding + one, decoding + other
+            encoding, decoding = encoding + between - begin, decoding + time.perf_counter() - between
     return encoding / (FRAMES - 1), decoding / (FRAMES - 1)
 
 

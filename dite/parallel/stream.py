@@ -4,8 +4,8 @@
 
 order 0 sends x itself (ref = 0), order 1 the change (β = 0), order 2 what a straight line through the last two does not foretell. β is one byte for
 each sample in the packet, in sixteenths: a fixed damping, or (adaptive) the one that fits some of the tokens best, computed by the sender, so that
-ranks on unlike machines cannot disagree about it. The reference changes by decoding only, on the sender too; so it is the same bits everywhere, and a digest of it,
-sent every fourth step, proves that.
+ranks on unlike machines cannot disagree about it. The reference changes by decoding only, on the sender too; so it is the same bits everywhere, and a
+digest of it, sent every fourth step, proves that.
 
 The first packet of a request, and of a tensor of another shape, is a keyframe: order 0, int8.
 """

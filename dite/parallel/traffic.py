@@ -11,7 +11,7 @@ words.
                  pipefusion                   the last rank sends (W−1) · P(B·S_out, channels) and no activations
                  CFG on two groups            + P(B·S_out, channels)                                 the other branch, B then being half the batch
 
-The first step's packets are keyframes: int8, without β; raw where the codec is none. Where ranks send unlike amounts (uneven shares of tokens or heads,
+The first step's packets are keyframes: int8, without β; raw where the codec is none. Where ranks send unlike amounts (uneven shares of tokens,
 pipefusion) it is the one that sends most; patches of unlike sizes are counted as the largest. Agreement of ranks (a few bytes a step) isn't counted.
 """
 

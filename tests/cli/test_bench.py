@@ -170,3 +170,36 @@ def test_a_random_model_can_stand_in_for_a_folder(run, monkeypatch):
     arguments = ("--tokens", 9, "--layers", 2, "--recipes", "w8a8", "--batch-size", 3, "--rounds", 1)
     document = run("bench", "forward", "--size", "dit-xl-2", *arguments, "--json").document
     assert document["inputs"]["hidden_states"] == [3, 4, 6, 6] and document["rows"][0]["shape"] == [27, 48, 192]
+
+
+def test_exchange_starts_its_ranks_and_tells_what_each_mode_took(run, model_folder):
+    arguments = ("bench", "exchange", model_folder, "--modes", "ring", "--codecs", "none,int4", "--steps", 2, "--rounds", 1)
+    document = run(*arguments, "--json").document
+    assert [(row["mode"], row["codec"], row["ranks"], row["link"]) for row in document["rows"][:1]] == [("one_device", "none", 1, "unshaped")]
+    assert {(row["mode"], row["codec"]) for row in document["rows"][1:]} == {("ring", "none"), ("ring", "int4")}
+    assert {"environment", "command", "configuration", "links"} <= document.keys() and "--codecs none,int4" in document["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "one model is needed"),
+        (("x", "--tokens", 16), "--tokens and --layers are for --size"),
+        (("x", "--links", "10mbit"), "no link '10mbit'"),
+        (("x", "--modes", "rings"), "no mode 'rings'"),
+        (("x", "--codecs", "int3"), "no codec 'int3'"),
+        (("x", "--modes", "ulysses3", "--nproc", 2), "doesn't fit 2 ranks"),
+    ],
+)
+def test_exchange_refuses_what_is_not_there(run, arguments, message):
+    outcome = run("bench", "exchange", *arguments)
+    assert outcome.code == 2 and message in outcome.err and outcome.out == ""
+
+
+def test_exchange_shows_people_a_table(run, monkeypatch):
+    row = {"mode": "ring", "codec": "int4", "link": "unshaped", "seconds_per_step": 0.5, "keyframe_seconds": 1.0, "bytes_per_step": 2_000}
+    row |= {"ratio_to_one_device": 1.5, "ratio_to_best_raw_synchronous": None, "exposed_seconds": 0.1, "hidden_seconds": 0.0}
+    document = {"configuration": {"links": ["unshaped"]}, "rows": [row | {"latent_relative_error": 0.01}]}
+    monkeypatch.setattr("dite_evals.exchange_speed.bench_exchange", lambda asked, progress: document)
+    outcome = run("bench", "exchange", "builtin:cifar10-dit")
+    assert outcome.code == 0 and "500.0" in outcome.out and "1.50" in outcome.out and "times as fast as one device" in outcome.out

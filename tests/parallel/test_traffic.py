@@ -19,19 +19,25 @@ def test_flux_on_four_ranks_sends_what_the_paper_says(mode, megabytes):
 
 
 def test_a_gather_of_ragged_shares_pads_them_and_counts_headers():
-    # 17 tokens on 4 ranks: 5 each; K and V of 2 samples; rows of 96 are two groups of 64 in int4.
-    assert layer_bytes(RAGGED, Layout("kv_gather", ranks=4)) == 3 * (48 + 2 * 2 * 5 * 96 * 4)
-    assert layer_bytes(RAGGED, Layout("ring", "int4", ranks=4)) == 3 * (48 + 2 * 2 * 5 * 2 * 34)
+    # 17 tokens on 4 ranks: 5 each; K and V of 2 samples, whose β take a word; rows of 96 are two groups of 64 in int4.
+    assert layer_bytes(RAGGED, Layout("kv_gather", ranks=4)) == 3 * 2 * (48 + 2 * 5 * 96 * 4)
+    assert layer_bytes(RAGGED, Layout("ring", "int4", ranks=4)) == 3 * 2 * (48 + 4 + 2 * 5 * 2 * 34)
     assert output_bytes(RAGGED, Layout("ring", "int4", ranks=4)) == 3 * (48 + 2 * 5 * 8 * 4)
+
+
+def test_packets_end_on_words():
+    odd = replace(RAGGED, tokens=3, width=6, heads=1, batch=1, value_bytes=2)
+    assert layer_bytes(odd, Layout("pipefusion", ranks=3, patches=3)) == 3 * (48 + 12)
+    assert layer_bytes(replace(odd, width=7), Layout("pipefusion", ranks=3, patches=3)) == 3 * (48 + 16)
 
 
 def test_ulysses_sends_slices_of_the_width_there_and_back():
     # 3 ranks: 6 tokens each, 32 of 96 columns: one short group
-    assert layer_bytes(RAGGED, Layout("ulysses", "int8", ranks=3)) == 2 * (48 + 3 * 2 * 6 * 66) + 2 * (48 + 2 * 6 * 66)
+    assert layer_bytes(RAGGED, Layout("ulysses", "int8", ranks=3)) == 2 * 4 * (48 + 4 + 2 * 6 * 66)
 
 
 def test_the_busiest_rank_of_a_pipeline_sends_patches_or_the_output():
-    patches = 5 * (48 + 2 * 4 * 2 * 34)
+    patches = 5 * (48 + 4 + 2 * 4 * 2 * 34)
     assert step_bytes(RAGGED, Layout("pipefusion", "int4", ranks=2, patches=5)) == patches
     wordy = replace(RAGGED, output_channels=96)
     assert step_bytes(wordy, Layout("pipefusion", "int4", ranks=2, patches=5)) == 48 + 2 * 17 * 96 * 4
@@ -40,7 +46,7 @@ def test_the_busiest_rank_of_a_pipeline_sends_patches_or_the_output():
 def test_the_first_step_is_in_int8_and_counts():
     layout = Layout("kv_gather", "int1", ranks=4)
     first, rest = step_bytes(RAGGED, layout, first=True), step_bytes(RAGGED, layout)
-    assert first == step_bytes(RAGGED, replace(layout, codec="int8")) > 2 * rest
+    assert first == step_bytes(RAGGED, replace(layout, codec="int8", order=0)) > 2 * rest
     assert bytes_per_image(RAGGED, layout, 10) == first + 9 * rest
     raw = Layout("kv_gather", ranks=4)
     assert bytes_per_image(RAGGED, raw, 10) == 10 * step_bytes(RAGGED, raw)
@@ -74,8 +80,8 @@ def test_the_budget_and_the_formulas_count_the_same_bytes(order):
     from dite.parallel.rates import SQUARED_ERRORS
 
     profile = Profile([[1.0, 2.0, step / 3] for step in range(8)], [(2 * 2 * 9, 96)] * 3, 2)
-    found = allocate(profile, 100_000, SQUARED_ERRORS[order])
-    layout = Layout("kv_gather", "int4", ranks=2)
+    found = allocate(profile, 100_000, SQUARED_ERRORS[order], header_bytes=2 * 48)  # K and V have one each
+    layout = Layout("kv_gather", "int4", ranks=2, order=1)
     assert found.sent_bytes + 8 * output_bytes(RAGGED, layout) == bytes_per_image(RAGGED, layout, 8, found.schedule)
 
 
