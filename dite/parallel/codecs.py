@@ -192,7 +192,7 @@ def codec(name: str) -> Codec:
     match = _SIZED.fullmatch(name)
     if match and match[1] == "lowrank" and int(match[2]) <= MOST_RANK:
         return LowRank(int(match[2]))
-    if match and match[1] == "topk":
+    if match and match[1] == "topk" and 2 <= int(match[2]) <= MOST_COLUMNS:
         return TopK(int(match[2]))
     known = [Raw.name, *kernels.BITS, "lowrank-8", "topk-16"]
     rule = f"there are {', '.join(known[:-2])}, lowrank-R (rank R up to {MOST_RANK}) and topk-K (one value in K)"

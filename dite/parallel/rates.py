@@ -4,7 +4,7 @@
     none        rows · columns · (bytes of a value)
     intB        rows · ceil(columns / 64) · (8·B + 2)                  groups of 64 along a row, a last short group filled up, fp16 scales
     lowrank-R   2 · R · (rows + columns)                               two fp16 factors; R at most the smaller side
-    topk-K      rows · ceil(columns / K) · (2 + 1, or + 2 for K > 256) the largest of every K elements of a row: an fp16 value and its place
+    topk-K      4 · rows · max(1, floor(columns / K))                  the largest of each row: fp16 values and 16-bit places
 
 intB is exact (`dite_kernels.codec` is the reference). Packet headers aren't counted here.
 
@@ -24,7 +24,7 @@ GROUP = 64
 SCALE_BYTES = 2
 HEADER_BYTES = 48  # of a packet
 BITS = MappingProxyType({"none": 0, "int8": 8, "int4": 4, "int2": 2, "int1": 1})  # none: the bits of the value itself
-NUMBERED = MappingProxyType({"lowrank": (1, 4096), "topk": (2, 65536)})  # kind → the least and the most that may follow
+NUMBERED = MappingProxyType({"lowrank": (1, 128), "topk": (2, 65536)})  # kind → the least and the most that may follow
 KEYFRAME = "int8"  # of the first exchange of a stream, when there is no reference yet
 
 # Of a trained latent DiT (K and V, 50 steps, guidance 4), where ‖Δ‖ is 6.0% of ‖x‖: (error / 0.060)². Order 2 has momentum 0.5; its int8 was not
@@ -69,7 +69,7 @@ def payload_bytes(codec: str, rows: int, columns: int, value_bytes: int = 2) -> 
     if kind == "lowrank":
         return 2 * min(number, rows, columns) * (rows + columns)
     if kind == "topk":
-        return rows * -(-columns // number) * (2 + (1 if number <= 256 else 2))
+        return 4 * rows * max(1, columns // number)
     return rows * -(-columns // GROUP) * (GROUP * BITS[kind] // 8 + SCALE_BYTES)
 
 

@@ -21,7 +21,7 @@ from dite.errors import UsageError, did_you_mean
 TOKEN_MODES = ("kv_gather", "ring", "ulysses", "displaced", "pipefusion")
 MODES = ("cfg", *TOKEN_MODES)
 STALE = ("displaced", "pipefusion")
-_WORD = re.compile(r"([a-z_]+?)(\d+)?")
+_WORD = re.compile(r"([a-z_]+?)([1-9]\d*)?")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+STARTED_S = 150.0  # imports, on a machine that has more to do
 
 
 @cache
@@ -24,7 +25,8 @@ def nursery() -> subprocess.Popen:
     """The process that forks ranks: a line of JSON in, their process ids out."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "evals"), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen([sys.executable, str(HERE / "scenarios.py")], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, str(HERE / "scenarios.py")], env=environment, **pipes)
     atexit.register(process.kill)
     return process
 
@@ -38,7 +40,10 @@ class Ranks:
         process = nursery()
         process.stdin.write(json.dumps([world, scenario, settings, self.folder.name]) + "\n")
         process.stdin.flush()
-        assert select.select([process.stdout], [], [], 60)[0], "no ranks were started within 60 s"
+        if not select.select([process.stdout], [], [], STARTED_S)[0]:
+            nursery.cache_clear()
+            process.kill()
+            raise AssertionError(f"no ranks were started within {STARTED_S:.0f} s")
         self.pids = json.loads(process.stdout.readline())
 
     def __enter__(self):

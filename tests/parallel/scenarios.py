@@ -50,7 +50,8 @@ def one_case(family, mode, codec="none", order=2, steps=4, dtype="float32", quan
             agree(par, document)
             document |= par.stats()
     except dite.DiteError as refused:
-        return document | {"refused": refused.why or refused.what, "type": type(refused).__name__, "undone": torch.equal(denoise(model, inputs, steps), one)}
+        document |= {"refused": refused.why or refused.what, "type": type(refused).__name__}
+        return document | {"undone": torch.equal(denoise(model, inputs, steps), one)}
     with parallelize(model, world, **settings, simulate=True):
         simulated = denoise(model, inputs, steps)
     with parallelize(model, world, **settings | {"codec": "none"}, simulate=True):
@@ -59,7 +60,17 @@ def one_case(family, mode, codec="none", order=2, steps=4, dtype="float32", quan
     return document | {"undone": torch.equal(denoise(model, inputs, steps), one)}
 
 
-SCENARIOS = {"modes": modes, **faults.SCENARIOS}
+def too_few_tokens():
+    """One token, and then enough of them, on the same handle."""
+    model = build("WanTransformer3DModel")
+    enough = dict(example_inputs(model))
+    one = enough | {"hidden_states": enough["hidden_states"][..., :2, :2]}
+    with parallelize(model, int(os.environ["WORLD_SIZE"]), "kv_gather", "none", probe=False):
+        told = faults.outcome(lambda: denoise(model, one, 1))["error"]
+        return [told, bool(denoise(model, enough, 2).isfinite().all())]
+
+
+SCENARIOS = {"modes": modes, "too_few_tokens": too_few_tokens, **faults.SCENARIOS}
 
 
 def be_rank(rank, world, scenario, settings, folder):
