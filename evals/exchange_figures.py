@@ -32,7 +32,7 @@ def benches(rounds: int) -> dict[str, Asked]:
     """By the title of its panel."""
     large = {"size": "dit-xl-2", "tokens": 1024, "layers": 6}
     return {
-        "DiT-XL/2 at 512², 6 of 28 blocks, random weights, batch 1": Asked(large, links=SHAPED, steps=8, rounds=rounds),
+        "DiT-XL/2 for 512 px, 6 of 28 blocks, random weights, batch 1": Asked(large, links=SHAPED, steps=8, rounds=rounds),
         "built-in CIFAR-10 DiT, 16 tokens, both guidance branches": Asked(
             "builtin:cifar10-dit", modes=(*MODES, "cfg"), links=SHAPED, steps=12, rounds=rounds, batch_size=2
         ),
