@@ -25,8 +25,8 @@ from dite_kernels.bench.document import write
 SHAPED = ("100mbit", "300mbit", "1gbit", "unshaped")
 ERROR_BOUND = 0.05
 NOTES = (
-    "Random weights amplify rounding: raw ring differs from one device by the order of bf16 sums only, and its error says by how much. What codecs cost "
-    "in quality is measured on trained weights (exchange-quality.json).",
+    "Random weights amplify rounding: raw ring differs from one device by the order of bf16 sums only, and its error says by how much. What codecs "
+    "cost in quality is measured on trained weights (exchange-quality.json).",
     "The network is emulated on the same two cores as both ranks: what travels takes processor time from what is computed, which hides less than a "
     "network card would.",
 )
