@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from dite.outputs import check_writable
-from dite_evals.plots import log_ticks, number
+from dite_evals.plots import number
 
 SCALE = 2  # drawn larger and shrunk: Pillow's lines have no soft edges of their own
-PANEL = (620, 520)
+PANEL = (640, 640)
 MARGIN = (64, 46, 150, 48)  # left, top, right, bottom
 COLOURS = {
     "one_device": "#111111", "kv_gather": "#0072b2", "ring": "#009e73", "ulysses": "#d55e00", "displaced": "#999999", "pipefusion": "#cc79a7",
@@ -71,7 +71,7 @@ class _Panel:
         left, top, right, bottom = (SCALE * size for size in MARGIN)
         end, base = SCALE * PANEL[0] - right, SCALE * PANEL[1] - bottom
         self.pen.text((left, 12 * SCALE), title, "black", self.font)
-        for value in log_ticks(*self.y_range):
+        for value in _ticks(*self.y_range):
             y = self._at(self.x_range[0], value)[1]
             self.pen.line((left, y, end, y), "#e4e4e4", SCALE)
             self.pen.text((left - 6 * SCALE, y), number(value), "black", self.small, anchor="rm")
@@ -105,6 +105,12 @@ class _Panel:
             self._line([(x, y), (x + 34 * SCALE, y)], colour, dash, 2)
             self.pen.text((x + 40 * SCALE, y), name.replace("_", " "), "black", self.small, anchor="lm")
             y += 20 * SCALE
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Closer than those of `plots`: all there is to see lies within a decade."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [value for power in powers for factor in (1, 1.5, 2, 3, 4, 5, 7) if low <= (value := factor * 10.0**power) <= high]
 
 
 def _bandwidth(link: Mapping[str, Any]) -> float:
