@@ -19,7 +19,7 @@ EXACT = {
     3: [*((family, mode) for family in (DIT, SD3, QWEN) for mode in ("kv_gather", "ring", "ulysses")), (PIXART, "displaced")],
     4: [
         *((family, mode) for family in (DIT, SD3) for mode in ("kv_gather", "cfg+ring", "cfg+ulysses", "ulysses2+ring2")),
-        (FLUX, "ulysses+ring"),
+        (FLUX, "ulysses2+ring2"),
         (DIT, "cfg+displaced"),
         (PIXART, "cfg+pipefusion"),
         (WAN, "ring"),
@@ -73,7 +73,7 @@ def test_with_a_codec_ranks_give_what_the_simulation_gives_but_for_a_rounding_he
 
 
 def test_all_holders_of_a_reference_hold_the_same_bits(coded):
-    assert all(one["same"] and one["streams"] for rank in coded for one in rank)
+    assert [one["case"] for one in coded[0] if not (one["same"] and one["streams"])] == []
 
 
 def test_the_model_is_bit_for_bit_its_old_self_afterwards(exact):
