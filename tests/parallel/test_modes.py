@@ -135,3 +135,12 @@ def test_the_table_of_families_and_modes_is_current(exact):
     for world, cases in REFUSED.items():
         for family, mode, why in cases:
             assert why in rows.get((family, mode, world), {"reason": why})["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("world, mode", [(2, "kv_gather"), (2, "displaced"), (2, "pipefusion"), (3, "ulysses"), (4, "cfg+ring")])
+@pytest.mark.parametrize("codec", CODECS)
+def test_hashes_of_references_are_equal_at_every_step(world, mode, codec):
+    for one in run(world, "states", timeout_s=1100, mode=mode, codec=codec, order=2, seeds=20, steps=50):
+        assert one["different"] == 0 and one["equal"] > 20 * 50
