@@ -247,7 +247,8 @@ class Ulysses(Mode):
         return call.join(self._all_heads(tokens(gathered.text_of(out)), shares, size, turn), image) if call.text else image
 
     def streams(self) -> list[ResidualStream]:
-        return [self._streams[key] for key in sorted(self._streams)] + self.inner.streams()
+        text = [stream for shared in (self._text.shared if self._text else ()) for stream in shared.streams]
+        return [self._streams[key] for key in sorted(self._streams)] + text + self.inner.streams()
 
     def finish(self) -> None:
         self.inner.finish()

@@ -89,14 +89,14 @@ class ResidualStream:
         used, order = self._used(chosen)
         length = self.packet_bytes(chosen) - HEADER_BYTES
         digest = self._digest(moment, order)
-        if order == 0 and not used.lossless:
-            self.reference.clear_()
+        # What is remembered stays until the packet is decoded, which may be a step later.
+        base = self.reference if order or used.lossless else Reference(torch.zeros_like(self.value))
         betas = self._betas(order)
         body = packet[HEADER_BYTES : HEADER_BYTES + length]
         beta = self._fit(x) if betas else None
         if beta is not None:
             body[:betas] = torch.nn.functional.pad(beta, (0, betas - len(beta)))
-        finite = used.encode(x, self.reference, _scaled(beta), body[betas:])
+        finite = used.encode(x, base, _scaled(beta), body[betas:])
         flags = (DIGEST if digest else 0) | (0 if finite else NONFINITE)
         expected = self._header(used, order, moment)
         seal(packet, replace(expected, flags=expected.flags | flags, length=length, digest=digest))

@@ -167,6 +167,11 @@ def hooked(model, block, step, action):
     return model.transformer_blocks[block].register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def live_on():
+    """The rank has left, but its process is still there: the others must not learn of it from its end."""
+    time.sleep(30.0)
+
+
 def dies(how, mode, codec="int4", timeout_s=2.0, victim=1):
     """One rank is killed, stopped, or fails in the middle of a step; what the others came to, in seconds after it."""
     model = build(DIT)
@@ -185,8 +190,7 @@ def dies(how, mode, codec="int4", timeout_s=2.0, victim=1):
     with contextlib.suppress(KeyError):
         got = shared(model, mode, codec, lambda par: denoise(model, inputs, 6) and None, timeout_s=timeout_s)
         return {"error": got["error"], "after_s": got["s"] - float((folder / "when").read_text()), "text": got.get("text")}
-    time.sleep(timeout_s + 3)  # it lives on, but has left
-    return {"error": "KeyError", "after_s": 0.0}
+    return live_on()
 
 
 def leaves_between_steps(mode, victim=0):
@@ -204,8 +208,7 @@ def leaves_between_steps(mode, victim=0):
     with contextlib.suppress(KeyError):
         got = shared(model, mode, "int4", action, timeout_s=20.0)
         return {"error": got["error"], "after_s": got["s"] - float((Path(os.environ["ANSWERS"]) / "when").read_text())}
-    time.sleep(2.0)
-    return {"error": "KeyError", "after_s": 0.0}
+    return live_on()
 
 
 def poisoned(where, mode, codec, victim=1):

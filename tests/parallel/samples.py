@@ -21,7 +21,9 @@ pipeline = inspect.unwrap(fixtures.tiny_pipeline)
 
 def denoise(model, inputs, steps, seed=0):
     """A few steps of a sampler: each input is the one before, changed a little by the model's answer."""
-    x = inputs["hidden_states"] + torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(seed))
+    dtype = next(model.parameters()).dtype
+    inputs = {name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
+    x = inputs["hidden_states"] + torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     with torch.no_grad():
         for step in range(steps):
             timestep = torch.full_like(inputs["timestep"], 900 - step)

@@ -18,16 +18,49 @@ import fault_scenarios as faults
 from samples import FAMILIES, build, denoise, error, rows
 
 
+def held(par):
+    """(name of a stream and of the group in which it is shared, the stream), for all that this rank remembers."""
+    for moment, remembered in sorted(par._remembered.items()):
+        for layer, mode in sorted(remembered.layers.items()):
+            inner = mode.inner.streams() if hasattr(mode, "inner") else []
+            for stream in mode.streams():
+                owner = mode.inner if any(stream is one for one in inner) else mode
+                members = getattr(owner, "group", par._runner.group).members
+                name = stream.name
+                yield f"{moment[1]} {layer} {type(owner).__name__} {members} {name.layer}.{name.role}.{name.rank}", stream
+
+
 def agree(par, document):
     """Whether every stream that several ranks hold is the same bits on all of them, and how many streams there are."""
-    mine = {f"{one.name.layer}.{one.name.role}.{one.name.rank}": one.digest() for one in par.streams()}
-    held = {}
+    mine = {name: stream.digest() for name, stream in held(par)} if par._runner else {}
+    digests = {}
     for other in par.group.gather_json(mine):
         for name, digest in other.items():
-            held.setdefault(name, set()).add(digest)
-    document["streams"] = len(held)
+            digests.setdefault(name, []).append(digest)
+    document["streams"] = len(digests)
     # Without a codec there is no state: senders don't even keep what they sent.
-    document["same"] = par.settings.codec == "none" or all(len(digests) == 1 for digests in held.values())
+    document["same"] = par.settings.codec == "none" or all(len(set(one)) == 1 for one in digests.values())
+
+
+def states(mode, codec, order, seeds, steps):
+    """Requests of `steps` steps, one a seed: of how many streams of how many steps all holders had the same hash."""
+    model = build("DiTTransformer2DModel")
+    inputs = rows(example_inputs(model), 2 if mode.startswith("cfg") else 1)
+    found = {"equal": 0, "different": 0, "alone": 0}
+    with torch.no_grad(), parallelize(model, int(os.environ["WORLD_SIZE"]), mode, codec, order=order, probe=False, timeout_s=60) as par:
+        for seed in range(seeds):
+            par.reset()
+            x, mine = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(seed)), {}
+            for step in range(steps):
+                x = x - 0.05 * model(**inputs | {"hidden_states": x, "timestep": torch.full_like(inputs["timestep"], 980 - 19 * step)})[0][:, :4]
+                mine |= {f"{step} {name}": stream.digest() for name, stream in held(par)}
+            digests = {}
+            for other in par.group.gather_json(mine):
+                for name, digest in other.items():
+                    digests.setdefault(name, []).append(digest)
+            for one in digests.values():
+                found["alone" if len(one) == 1 else "equal" if len(set(one)) == 1 else "different"] += 1
+    return found
 
 
 def modes(cases):
@@ -70,7 +103,7 @@ def too_few_tokens():
         return [told, bool(denoise(model, enough, 2).isfinite().all())]
 
 
-SCENARIOS = {"modes": modes, "too_few_tokens": too_few_tokens, **faults.SCENARIOS}
+SCENARIOS = {"modes": modes, "states": states, "too_few_tokens": too_few_tokens, **faults.SCENARIOS}
 
 
 def be_rank(rank, world, scenario, settings, folder):

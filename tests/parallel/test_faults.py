@@ -17,10 +17,11 @@ INJECTED = [
 
 
 def judged(answers):
-    """For each fault: its kind, the errors (the victim's first), whether anyone went on, and the seconds until the last one knew."""
+    """For each fault: its kind, the errors (the victim's first), and the seconds until the last rank knew. A rank that already had all it needed, and
+    the right result, has no error to report."""
     for documents in zip(*(one["documents"] for one in answers), strict=True):
         victim = documents[0]["victim"]
-        errors = [documents[victim]["error"], *(one["error"] for at, one in enumerate(documents) if at != victim)]
+        errors = [documents[victim]["error"], *(one["error"] for at, one in enumerate(documents) if at != victim and not one["same"])]
         yield documents[0]["kind"], errors, max(one["s"] for one in documents) - documents[victim]["altered_s"]
 
 
@@ -50,34 +51,34 @@ def test_a_thousand_faults_are_all_noticed(world, mode, codec):
     assert max(seconds for *_, seconds in found) < SOON_S
 
 
+def told(world, scenario, victim, **settings):
+    """What the other ranks came to."""
+    with Ranks(world, scenario, settings) as ranks:
+        return [ranks.answer(rank) for rank in range(world) if rank != victim]
+
+
 @pytest.mark.parametrize("world, mode", [(3, "kv_gather"), (3, "ring"), (2, "pipefusion"), (4, "cfg+ring")])
 def test_survivors_of_a_killed_rank_are_told_at_once(world, mode):
-    with Ranks(world, "dies", {"how": "killed", "mode": mode, "timeout_s": 20}) as ranks:
-        survivors = [ranks.answer(rank) for rank in range(world) if rank != 1]
-    assert {one["error"] for one in survivors} == {"RankLost"}
-    assert max(one["after_s"] for one in survivors) < SOON_S
+    survivors = told(world, "dies", 1, how="killed", mode=mode, timeout_s=20)
+    assert {one["error"] for one in survivors} == {"RankLost"} and max(one["after_s"] for one in survivors) < SOON_S
 
 
 @pytest.mark.parametrize("world, mode", [(3, "displaced"), (3, "ulysses"), (2, "pipefusion")])
 def test_survivors_of_a_stopped_rank_are_told_at_the_deadline(world, mode):
-    with Ranks(world, "dies", {"how": "stopped", "mode": mode, "timeout_s": 2}) as ranks:
-        survivors = [ranks.answer(rank) for rank in range(world) if rank != 1]
-    assert {one["error"] for one in survivors} == {"RankLost"}
-    assert max(one["after_s"] for one in survivors) < 2 + SOON_S
+    survivors = told(world, "dies", 1, how="stopped", mode=mode, timeout_s=2)
+    assert {one["error"] for one in survivors} == {"RankLost"} and max(one["after_s"] for one in survivors) < 2 + SOON_S
 
 
 @pytest.mark.parametrize("mode", ["kv_gather", "displaced", "ulysses"])
 def test_an_error_of_one_rank_in_the_middle_of_a_step_ends_the_others(mode):
-    answers = run(3, "dies", how="fails", mode=mode, timeout_s=20)
-    assert [one["error"] for one in answers] == ["RankLost", "KeyError", "RankLost"]
-    assert max(one["after_s"] for one in answers) < SOON_S
+    survivors = told(3, "dies", 1, how="fails", mode=mode, timeout_s=20)
+    assert {one["error"] for one in survivors} == {"RankLost"} and max(one["after_s"] for one in survivors) < SOON_S
 
 
 @pytest.mark.parametrize("world, mode", [(3, "kv_gather"), (2, "displaced"), (2, "pipefusion")])
 def test_a_rank_that_leaves_the_with_block_by_an_exception_ends_the_others(world, mode):
-    answers = run(world, "leaves_between_steps", mode=mode)
-    assert [one["error"] for one in answers] == ["KeyError"] + ["RankLost"] * (world - 1)
-    assert max(one["after_s"] for one in answers) < SOON_S
+    survivors = told(world, "leaves_between_steps", 0, mode=mode)
+    assert {one["error"] for one in survivors} == {"RankLost"} and max(one["after_s"] for one in survivors) < SOON_S
 
 
 POISONED = [
@@ -122,7 +123,7 @@ def test_after_a_cancelled_request_the_next_picture_is_that_of_a_fresh_start(mod
     assert run(2, "cancelled", mode=mode, codec=codec) == [{"steps": 3, "equal": True}] * 2
 
 
-@pytest.mark.parametrize("mode, requests", [("kv_gather", 100), ("displaced", 12), ("pipefusion", 12), ("ulysses", 12)])
+@pytest.mark.parametrize("mode, requests", [("kv_gather", 100), ("displaced", 8), ("pipefusion", 8), ("ulysses", 8)])
 def test_requests_that_take_turns_are_bit_for_bit_those_alone(mode, requests):
     for one in run(2, "interleaved", mode=mode, codec="int4", requests=requests, steps=2):
         assert one["equal"] == requests and one["kept"] and not one["left"]

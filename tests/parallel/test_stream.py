@@ -116,6 +116,16 @@ def test_order_zero_forgets_what_was_before():
     assert torch.equal(streams[1].value, fresh[1].value)
 
 
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("predictor", PREDICTORS, ids=str)
+def test_only_decoding_changes_what_a_sender_remembers(name, predictor):
+    streams, chosen = ends(predictor), codec(name)
+    send(streams, torch.ones(2, 5, 70), name, 0)
+    before = streams[0].digest()
+    streams[0].encode(torch.zeros(2, 5, 70), chosen, Moment(1, 0, 1), torch.zeros(streams[0].packet_bytes(chosen), dtype=torch.uint8))
+    assert streams[0].digest() == before
+
+
 def test_a_receiver_whose_reference_differs_notices_within_four_steps():
     streams = ends(Predictor())
     frames = list(walk(6))
