@@ -116,7 +116,7 @@ def _parallel_supports(model: Any) -> dict[str, dict[str, Any]]:
     found = {}
     for mode in MODES:
         try:
-            refuse(the_denoiser(model), parse(mode, 2), lambda step, layer: "int4")
+            refuse(model, parse(mode, 2), lambda step, layer: "int4")
             found[mode] = {"ok": True, "reason": None}
         except DiteError as error:
             found[mode] = {"ok": False, "reason": error.why}

@@ -7,22 +7,35 @@ from __future__ import annotations
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from dite.parallel.codecs import KEYFRAME_CODEC, codec
 from dite.parallel.controller import Candidate, Measurement, RateController, Target
 from dite.parallel.group import RankGroup
+from dite.parallel.packet import HEADER_BYTES
 from dite.parallel.rates import SQUARED_ERRORS
 from dite.parallel.schedule import Schedule
 from dite.parallel.stream import Moment, ResidualStream
 
 START = "int4"
-BITS = {"int8": 8.25, "int4": 4.25, "int2": 2.25, "int1": 1.25}  # a value, scales included
+CODECS = ("int8", "int4", "int2", "int1")
 SLOWER = 1.25  # a step may take this much longer than its computing
 ERROR_BOUND = 0.02  # ‖error‖/‖x‖ of keys and values
 PINGS = 5
 LEAST = 1e-9
+MOST_REQUESTS = 256
+
+
+@dataclass
+class _Request:
+    """What was decided for one request: the codec of every step so far and of the next."""
+
+    decisions: list[str] = field(default_factory=lambda: [START, START])
+    controller: RateController | None = None
 
 
 class Adaptive:
@@ -32,50 +45,52 @@ class Adaptive:
         self.group = group
         self.layers = layers
         self._latency_s = self._ping()
-        self._epoch = -1
-        self._controller: RateController | None = None
-        self._decisions = [START, START]
-        self._before = (0, 0, 0.0, 0)
+        self._requests: OrderedDict[int, _Request] = OrderedDict()
+        self._request = _Request()
+        self._before = (0, 0.0, 0)
+        self._started = 0.0
 
     def codec_of(self, step: int, layer: int) -> str:
         """The codec of a step, the same for all layers."""
-        return self._decisions[min(step, len(self._decisions) - 1)]
+        return self._request.decisions[min(step, len(self._request.decisions) - 1)]
 
     def schedule(self) -> Schedule:
         """What the last request was drawn with."""
-        return Schedule.from_table([[name] * self.layers for name in self._decisions])
+        return Schedule.from_table([[name] * self.layers for name in self._request.decisions])
 
     def begin(self, moment: Moment) -> None:
         """Before a call of the model."""
-        if moment.epoch != self._epoch:
-            self._epoch, self._controller, self._decisions = moment.epoch, None, [START, START]
+        self._request = self._requests.setdefault(moment.epoch, _Request())
+        while len(self._requests) > MOST_REQUESTS:
+            self._requests.popitem(last=False)
         traffic = self.group.traffic
-        self._before = (traffic.sent, traffic.raw, traffic.seconds, traffic.exchanges)
+        self._before = (traffic.sent, traffic.seconds, traffic.exchanges)
         self._started = time.perf_counter()
 
-    def after(self, moment: Moment, streams: Sequence[ResidualStream], value_bytes: int) -> None:
+    def after(self, moment: Moment, streams: Sequence[ResidualStream]) -> None:
         """After a call: the first branch's calls decide for all branches of the next step."""
         if moment.branch:
             return
         traffic = self.group.traffic
-        sent, raw, waited, exchanges = (now - before for now, before in zip(
-            (traffic.sent, traffic.raw, traffic.seconds, traffic.exchanges), self._before, strict=True))  # fmt: skip
+        now = (traffic.sent, traffic.seconds, traffic.exchanges)
+        sent, waited, exchanges = (after - before for after, before in zip(now, self._before, strict=True))
         compute_s = max(time.perf_counter() - self._started - waited, LEAST)
         transfer_s = max(waited - exchanges * self._latency_s, LEAST)
         seen = Measurement(max(1.0, min(sent / transfer_s, 1e15)), self._latency_s, compute_s, self._change(streams))
         mine = torch.tensor(seen.to_integers(), dtype=torch.int64)
         everyone = [Measurement.from_integers([int(value) for value in one]) for one in self.group.all_gather(mine)]
-        if self._controller is None:
-            slowest_s = max(one.compute_s for one in everyone)
-            errors = SQUARED_ERRORS[2]
-            candidates = [Candidate(name, int(raw * bits / 8 / value_bytes), math.sqrt(errors[name])) for name, bits in BITS.items()]
-            # What one rank alone knows (its bytes) may differ by a token; rank 0's counts.
-            sizes = torch.tensor([one.sent_bytes for one in candidates], dtype=torch.int64)
-            self.group.broadcast(sizes, 0)
-            candidates = [Candidate(one.codec, int(size), one.relative_error) for one, size in zip(candidates, sizes, strict=True)]
-            self._controller = RateController(candidates, Target(SLOWER * slowest_s, ERROR_BOUND, exchanges), START)
+        if self._request.controller is None:
+            target = Target(SLOWER * max(one.compute_s for one in everyone), ERROR_BOUND, exchanges)
+            self._request.controller = RateController(self._candidates(sent, streams), target, START)
             return
-        self._decisions.append(self._controller.update(everyone))
+        self._request.decisions.append(self._request.controller.update(everyone))
+
+    def _candidates(self, sent: int, streams: Sequence[ResidualStream]) -> list[Candidate]:
+        """What a step would send with each codec, from what its keyframes took; rank 0's figures are everyone's."""
+        sizes = {name: sum(HEADER_BYTES + codec(name).body_bytes(tuple(one.value.shape), one.value.dtype) for one in streams) for name in CODECS}
+        told = torch.tensor([sent * sizes[name] // max(1, sizes[KEYFRAME_CODEC]) for name in CODECS], dtype=torch.int64)
+        self.group.broadcast(told, 0)
+        return [Candidate(name, int(size), math.sqrt(SQUARED_ERRORS[2][name])) for name, size in zip(CODECS, told, strict=True)]
 
     def _change(self, streams: Sequence[ResidualStream]) -> float:
         """‖Δ‖/‖x‖ of what was decoded last, over a few streams."""

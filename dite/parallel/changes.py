@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dite.errors import UsageError
 from dite.parallel.budget import Profile
 from dite.parallel.stream import Moment, ResidualStream
 
@@ -62,4 +63,6 @@ class Changes:
         return Profile(tuple(map(tuple, energy)), tuple(shapes), ranks)
 
     def _size(self) -> tuple[int, int]:
+        if not self.cells:
+            raise UsageError("no changes were recorded", "nothing was drawn yet, or the mode sends no keys and values (pipefusion)", "use kv_gather")
         return 1 + max(step for step, _ in self.cells), 1 + max(layer for _, layer in self.cells)

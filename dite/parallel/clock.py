@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from dite.errors import UsageError
 from dite.parallel.stream import Moment
 
 MOST_BRANCHES = 8
 MOST_REQUESTS = 256
 EPOCHS = 2**32
 STEPS = 2**16
+WIDE = 0.1  # of a request's first timestep
 
 
 @dataclass
@@ -23,6 +25,7 @@ class _Request:
     steps: dict[int, int] = field(default_factory=dict)
     branches: dict[str, int] = field(default_factory=dict)
     timestep: float | None = None
+    first: float | None = None
     calls: int = 0
 
 
@@ -61,12 +64,19 @@ class Clock:
         """The moment of a call with this timestep."""
         request = self._requests.get(self._name)
         over = request is not None and (request.calls >= MOST_BRANCHES or max(request.steps.values(), default=0) >= STEPS - 1)
-        backwards = request is not None and not self.told and request.timestep is not None and timestep > request.timestep
+        if over and self.told and self.context is None and timestep == request.timestep:
+            rule = f"of calls with one timestep, {MOST_BRANCHES} are told apart as branches; with more, one would get another's references"
+            raise UsageError("the model was called too often at one step", rule, "name each call in model.cache_context(name), or use one device")
+        # Also where the pipeline says when a request begins: its scheduler may have been exchanged for one that nobody watches.
+        # Small steps back are a second-order sampler's.
+        margin = WIDE * (request.first or 0.0) if request is not None and self.told else 0.0
+        backwards = request is not None and request.timestep is not None and timestep > request.timestep + margin
         if request is None or over or backwards:
             self.restart()
             request = self._requests[self._name]
         request.calls = request.calls + 1 if timestep == request.timestep else 1
         request.timestep = timestep
+        request.first = timestep if request.first is None else request.first
         key = f"call {request.calls}" if self.context is None else f"context {self.context}"
         branch = request.branches.setdefault(key, len(request.branches))
         step = request.steps.get(branch, -1) + 1

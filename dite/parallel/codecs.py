@@ -74,7 +74,10 @@ class Raw(Codec):
         return bool(x.sum(dtype=torch.float32).isfinite())
 
     def decode_(self, base: Reference, beta: torch.Tensor | None, body: torch.Tensor) -> None:
-        base.value.copy_(_typed(body, base.value.dtype).view(base.value.shape))
+        new = _typed(body, base.value.dtype).view(base.value.shape)
+        if base.delta is not None:
+            base.delta.copy_(new.float() - base.value.float())
+        base.value.copy_(new)
 
 
 class Grouped(Codec):

@@ -48,7 +48,7 @@ class Traffic:
 class RankGroup:
     """The ranks of a job, or some of them. `members` are their numbers in the whole job; `index` is this rank's place among them.
 
-    Tensors are sent as they are: contiguous, and on the device that the backend reads (CPU for gloo, CUDA for NCCL).
+    Tensors are sent as they are, contiguous and in host memory: packets of models on a card are copied there, which no card has been tried with.
     """
 
     def __init__(self, members: Sequence[int], rank: int, process_group: Any, timeout_s: float, whole: RankGroup | None = None):
@@ -70,7 +70,7 @@ class RankGroup:
         return len(self.members)
 
     @classmethod
-    def join(cls, degree: int, device: str | torch.device = "cpu", timeout_s: float = TIMEOUT_S) -> RankGroup:
+    def join(cls, degree: int, timeout_s: float = TIMEOUT_S) -> RankGroup:
         """Meet the other ranks. Raises UsageError where this process was not started as one of `degree`, RankLost where they don't come."""
         place = environment_ranks()
         if place is None or place[1] != degree:
@@ -83,16 +83,13 @@ class RankGroup:
         deadline = timedelta(seconds=timeout_s)
         try:
             if not dist.is_initialized():
-                # NCCL reports a lost peer only through a watchdog; blocking waits let our deadline hold.
-                os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-                backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
                 if RENDEZVOUS in os.environ:
                     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
                     store = dist.FileStore(os.environ[RENDEZVOUS], world)
-                    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=deadline)
+                    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=deadline)
                 else:
-                    dist.init_process_group(backend, timeout=deadline)
-            group = cls(range(world), rank, dist.new_group(list(range(world)), timeout=deadline), timeout_s)
+                    dist.init_process_group("gloo", timeout=deadline)
+            group = cls(range(world), rank, dist.new_group(list(range(world)), timeout=deadline, backend="gloo"), timeout_s)
         except (RuntimeError, ValueError) as error:
             raise RankLost("the ranks could not meet", _first_line(error), f"start all {degree} within {timeout_s:.0f} s") from error
         group.barrier()
@@ -103,7 +100,7 @@ class RankGroup:
         mine = None
         for members in groups:
             with self.waiting("meeting of some ranks"):
-                process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s)) if len(members) > 1 else None
+                process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s), backend="gloo") if len(members) > 1 else None
             if self.rank in members:
                 mine = RankGroup(members, self.rank, process_group, self.timeout_s, self._whole)
         assert mine is not None, f"rank {self.rank} is in none of {groups}"
@@ -117,21 +114,8 @@ class RankGroup:
         """The same without waiting."""
         received = [packet if member == self.index else torch.empty_like(packet) for member in range(self.size)]
         pending = Pending(self, received, packet)
-        if self.size > 1 and self._device().type == "cuda":
-            with self.waiting("gather"):
-                pending.add(dist.all_gather(received, packet.clone(), group=self._group, async_op=True))
-            return pending
         others = [(member, tensor) for member, tensor in enumerate(received) if member != self.index]
         return self._start(pending, [(member, packet) for member, _ in others], others)
-
-    def all_to_all(self, packets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """packets[i] goes to member i; what comes back at i is from member i, and as long as ours to it."""
-        received = [torch.empty_like(packet) for packet in packets]
-        received[self.index].copy_(packets[self.index])
-        self.exchange(
-            [(i, packet) for i, packet in enumerate(packets) if i != self.index], [(i, b) for i, b in enumerate(received) if i != self.index]
-        ).wait()
-        return received
 
     def start_shift(self, packet: torch.Tensor) -> Pending:
         """Send to the next member and receive from the previous one, without waiting."""
@@ -143,29 +127,26 @@ class RankGroup:
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Overwrite `tensor` with that of member `source`."""
-        if self.size > 1 and self._device().type == "cuda":
-            with self.waiting("broadcast"):
-                dist.broadcast(tensor, group=self._group, group_src=source)
-        elif self.index == source:
+        if self.index == source:
             self.exchange([(member, tensor) for member in range(self.size) if member != source], []).wait()
         else:
             self.exchange([], [(source, tensor)]).wait()
 
     def barrier(self) -> None:
         """Wait until all members are here; the first one also opens the connections."""
-        self.all_gather(torch.zeros(1, dtype=torch.uint8, device=self._device()))
+        self.all_gather(torch.zeros(1, dtype=torch.uint8))
 
     def bytes_of(self, text: bytes) -> torch.Tensor:
-        """uint8, where this group sends from."""
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self._device())
+        """As a tensor to send."""
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def gather_json(self, document: Any) -> list[Any]:
         """Every member's document. Nothing is unpickled. Raises ExchangeCorrupted."""
         text = json.dumps(document, sort_keys=True).encode()
-        sizes = [_opened(bytes(one.cpu().numpy())) for one in self.all_gather(self.bytes_of(_sealed(len(text).to_bytes(8, "little"))))]
+        sizes = [_opened(bytes(one.numpy())) for one in self.all_gather(self.bytes_of(_sealed(len(text).to_bytes(8, "little"))))]
         lengths = [int.from_bytes(size, "little") for size in sizes]
         padded = self.bytes_of(_sealed(text).ljust(max(lengths) + 4, b"\0"))
-        return [json.loads(_opened(bytes(one[: length + 4].cpu().numpy()))) for one, length in zip(self.all_gather(padded), lengths, strict=True)]
+        return [json.loads(_opened(bytes(one[: length + 4].numpy()))) for one, length in zip(self.all_gather(padded), lengths, strict=True)]
 
     def close(self) -> None:
         """Leave: connections are closed, and ranks that still wait for this one learn of it. The processes can meet again."""
@@ -200,10 +181,6 @@ class RankGroup:
             for member, tensor in outgoing:
                 pending.add(dist.isend(tensor, group=self._group, group_dst=member))
         return pending
-
-    def _device(self) -> torch.device:
-        nccl = dist.is_initialized() and self._group is not None and dist.get_backend(self._group) == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 class _Waiting:

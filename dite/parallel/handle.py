@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from dite.parallel.schedule import Schedule
 from dite.parallel.simulation import Alone, Simulation
 from dite.parallel.stream import ADAPTIVE, Moment, Predictor, ResidualStream
 from dite.parallel.topology import Topology, bounds, parse
+from dite.parallel.watching import watch
 
 AUTO = "auto"
 SIMPLE_MODES = {"kv_gather": KVGather, "ring": Ring, "displaced": Displaced}
@@ -53,6 +55,15 @@ class Settings:
     patches: int | None = None
     reason: str = ""
 
+    def check(self, simulate: bool) -> None:
+        """Raises UsageError for settings that contradict each other."""
+        if AUTO in (self.mode, self.codec) and simulate:
+            raise UsageError("auto can't be simulated", "it measures ranks and the link between them", "name a mode and a codec")
+        if AUTO in (self.mode, self.codec) and self.predictor.order not in (0, 2):
+            raise UsageError(f"auto can't use residual order {self.predictor.order}", "its error figures are those of order 2", "leave order out")
+        if self.patches is not None and (self.patches < 1 or not self.mode.endswith("pipefusion")):
+            raise UsageError(f"{self.patches} patches can't be used", "pipefusion alone has them, 1 or more", "leave patches out")
+
 
 class Parallel:
     """A model that is shared out. Undone by `close`, or at the end of a `with`."""
@@ -62,6 +73,8 @@ class Parallel:
         self.topology, self.settings, self.group = topology, settings, group
         self._adaptive = Adaptive(group, self._layers()) if settings.codec == AUTO and isinstance(group, RankGroup) else None
         self._codec_of = self._adaptive.codec_of if self._adaptive else codec_of
+        self._schedule = getattr(codec_of, "__self__", None)  # of a Schedule's method
+        self._thread: int | None = None
         self._clock = Clock()
         self._hooks = Hooks()
         self._remembered: dict[tuple[int, int], Remembered] = {}
@@ -79,7 +92,7 @@ class Parallel:
                 self._runner.install(self._hooks)
             self._hooks.replace(self.model, "forward", self._around)
             self._hooks.mark(self.model, "dite_exchange", {"ranks": topology.world, **asdict(settings)})
-            self._watch(pipe)
+            watch(pipe, self.model, self._clock, self._hooks, self._begin)
         except BaseException:
             self._hooks.undo()
             raise
@@ -147,6 +160,11 @@ class Parallel:
         self._clock.restart()
         self._forget()
 
+    def _begin(self, steps: int) -> None:
+        if self._schedule is not None:
+            self._schedule.check(steps, self._layers())
+        self.reset()
+
     @contextmanager
     def request(self, name: str) -> Iterator[None]:
         """Calls inside belong to the request of that name, whose state is apart from all others' and kept until `finish(name)`."""
@@ -192,43 +210,18 @@ class Parallel:
 
         return make
 
-    def _watch(self, pipe: Any) -> None:
-        """Learn from the pipeline where requests begin and which guidance branch it computes."""
-        scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is not None:
-            self._clock.told = True
-
-            def restarting(set_timesteps: Callable) -> Callable:
-                def restarted(*args: Any, **kwargs: Any) -> Any:
-                    self.reset()
-                    return set_timesteps(*args, **kwargs)
-
-                restarted.__signature__ = inspect.signature(set_timesteps)  # pipelines read which arguments it takes
-                return restarted
-
-            self._hooks.replace(scheduler, "set_timesteps", restarting)
-        if hasattr(self.model, "cache_context"):
-
-            def named(cache_context: Callable) -> Callable:
-                @contextmanager
-                def inside(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-                    before, self._clock.context = self._clock.context, name
-                    try:
-                        with cache_context(name, *args, **kwargs):
-                            yield
-                    finally:
-                        self._clock.context = before
-
-                return inside
-
-            self._hooks.replace(self.model, "cache_context", named)
-
     def _around(self, forward: Callable) -> Callable:
         """The model's forward, as everyone calls it."""
         signature = inspect.signature(type(self.model).forward)
 
         def shared(*args: Any, **kwargs: Any) -> Any:
             self.group.check()
+            if self._thread not in (None, get_ident()):
+                rule = "ranks exchange in one order, which two threads would mix up"
+                raise UsageError("a model that is shared out was called from another thread", rule, "call it from one thread")
+            self._thread = get_ident()
+            if getattr(self.model, "is_cache_enabled", False):
+                raise UnsupportedModel("a cache that skips blocks would decide differently on each rank", "call disable_cache() on the model")
             bound = signature.bind(self.model, *args, **kwargs)
             exchanged = self.group.traffic.exchanges
             try:
@@ -266,7 +259,7 @@ class Parallel:
         if rows is not None:
             result = self._join_batch(result, rows, moment)
         if self._adaptive:
-            self._adaptive.after(moment, remembered.streams(), self.model.dtype.itemsize)
+            self._adaptive.after(moment, remembered.streams())
         return result
 
     def _rows(self, arguments: dict[str, Any]) -> list[tuple[int, int]]:
@@ -315,7 +308,7 @@ def parallelize(
     exchange has the deadline `timeout_s`.
 
     With `simulate` this process computes what `degree` ranks would, one after another: to learn what a mode and a codec cost in quality. Its bytes
-    are those of all ranks together, each packet counted once.
+    are those of all packets, each counted once, and without the raw output of each step.
 
     With `probe`, one call of the model without a codec is compared with one device's before anything else, and a model that differs is refused.
 
@@ -324,18 +317,21 @@ def parallelize(
     pipe = getattr(model, "pipe", model)
     transformer = the_denoiser(pipe)
     place = environment_ranks()
-    degree = degree or (place[1] if place else 1)
+    if degree is None:
+        degree = place[1] if place and not simulate else 1
     codec_of, codec_name = _codecs(codec)
-    settings = Settings(mode, codec_name, Predictor(order, damping), patches)
+    # Without a codec there is nothing to foretell, nor to remember.
+    settings = Settings(mode, codec_name, Predictor(order, damping) if codec_name != "none" else Predictor(0), patches)
+    settings.check(simulate)
     if hasattr(transformer, "dite_exchange"):
         raise UsageError("this model is shared out already", f"by {transformer.dite_exchange['mode']}", "close its handle first")
     topology = parse("kv_gather" if mode == AUTO else mode, degree)
     if degree == 1:
         return Parallel(pipe, topology, settings, codec_of, Alone())
-    refuse(transformer, topology, codec_of)
-    if simulate and mode != AUTO:
+    refuse(pipe, topology, codec_of)
+    if simulate:
         return Parallel(pipe, topology, settings, codec_of, Alone())
-    group = RankGroup.join(degree, next(transformer.parameters()).device, timeout_s)
+    group = RankGroup.join(degree, timeout_s)
     try:
         shake_hands(group, description(transformer) | {"settings": asdict(settings), "topology": asdict(topology)})
         if mode == AUTO:
@@ -373,6 +369,8 @@ def _codecs(codec: Any) -> tuple[CodecOf, str]:
     if isinstance(codec, str):
         codec_named(codec)
         return (lambda step, layer: codec), codec
+    if not isinstance(codec, Schedule):
+        raise UsageError(f"a codec can't be a {type(codec).__name__}", "it is a name, or a Schedule", "use int4")
     return codec.codec, f"schedule {codec.digest}"
 
 

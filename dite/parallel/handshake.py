@@ -62,7 +62,7 @@ def agree_on_call(group: Any, moment: Moment, layout: int) -> None:
     """Compare which call this is: of which request and branch, which step, with tensors of which shapes (`layout`) and values (checksums). Raises
     RanksDisagree on every rank alike."""
     call = (_MAGIC, moment.epoch, moment.branch, moment.step, layout, moment.inputs)
-    everyone = [_CALL.unpack(bytes(one.cpu().numpy())) for one in group.all_gather(group.bytes_of(_CALL.pack(*call)))]
+    everyone = [_CALL.unpack(bytes(one.numpy())) for one in group.all_gather(group.bytes_of(_CALL.pack(*call)))]
     for rank, other in zip(group.members, everyone, strict=True):
         if other == everyone[0]:
             continue

@@ -38,6 +38,7 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
         logs = [stack.enter_context((folder / f"rank{rank}.log").open("wb+")) for rank in range(count)]
         ranks: list[subprocess.Popen] = []
         stack.callback(_end, ranks)
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
         for rank in range(count):
             ranks.append(_start(rank, count, arguments, folder, logs[rank]))
         try:
@@ -89,6 +90,10 @@ def _end(ranks: list[subprocess.Popen]) -> None:
         if rank.poll() is None:
             rank.kill()
         rank.wait()
+
+
+def _terminated(number: int, _: object) -> None:
+    raise SystemExit(128 + number)  # unwinds, so that no rank is left behind
 
 
 def _status(code: int | None) -> str:

@@ -5,7 +5,7 @@ Shapes: B batch, H heads, D head size, C = H·D, L tokens of the image, l of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from dite.errors import ExchangeCorrupted, UnsupportedModel
 from dite.parallel.attention import Attention, Partial, heads, tokens
 from dite.parallel.codecs import Codec
 from dite.parallel.group import Pending, RankGroup
-from dite.parallel.packet import HEADER_BYTES
 from dite.parallel.stream import Moment, Name, Predictor, ResidualStream
 from dite.parallel.topology import bounds
 
@@ -44,7 +43,7 @@ class Shared:
 
 def write(streams: Sequence[ResidualStream], values: Sequence[torch.Tensor], turn: Turn, length: int) -> torch.Tensor:
     """The packets of several streams one after another, filled up to `length` bytes."""
-    wire = torch.zeros(length, dtype=torch.uint8, device=values[0].device)
+    wire = torch.zeros(length, dtype=torch.uint8)
     at = 0
     for stream, value in zip(streams, values, strict=True):
         stream.encode(value, turn.codec, turn.moment, wire[at:])
@@ -52,12 +51,13 @@ def write(streams: Sequence[ResidualStream], values: Sequence[torch.Tensor], tur
     return wire
 
 
-def read(wire: torch.Tensor, streams: Sequence[ResidualStream], turn: Turn) -> None:
-    """Bring several streams up to date. Raises ExchangeCorrupted, also for what is not zero where nothing was written."""
+def read(wire: torch.Tensor, streams: Sequence[ResidualStream], turn: Turn, own: bool = False) -> None:
+    """Bring several streams up to date; `own`: the packets are this rank's, and nothing but the next ones depends on what they hold. Raises
+    ExchangeCorrupted, also for anything but zeros where nothing belongs."""
     at = 0
     for stream in streams:
         size = stream.packet_bytes(turn.codec)
-        stream.decode_(wire[at : at + size], turn.codec, turn.moment)
+        (stream.sent if own else stream.decode_)(wire[at : at + size], turn.codec, turn.moment)
         if wire[at + size : at + _padded(size)].any():
             raise _not_empty(stream)
         at += _padded(size)
@@ -275,10 +275,10 @@ class Ulysses(Mode):
             sends.append((member, write(streams, values, turn, wire_bytes(streams, turn.codec))))
             self.group.traffic.add(len(sends[-1][1]), sum(value.numel() * value.element_size() for value in values))
             expected = wire_bytes([self._streams[role, 2 * member + 1] for role in roles], turn.codec)
-            receives.append((member, torch.empty(expected, dtype=torch.uint8, device=values[0].device)))
+            receives.append((member, torch.empty(expected, dtype=torch.uint8)))
         pending = self.group.exchange(sends, receives)
-        for member, packet in sends if not turn.codec.lossless else ():
-            read(packet, [self._streams[role, 2 * member] for role in roles], turn)
+        for member, packet in sends:
+            read(packet, [self._streams[role, 2 * member] for role in roles], turn, own=True)
         for (member, _), came in zip(sends, pending.wait(), strict=True):
             read(came, [self._streams[role, 2 * member + 1] for role in roles], turn)
         return {role: self._whole[role] for role in roles}
@@ -295,7 +295,3 @@ class Ulysses(Mode):
             self._text = Gathered(self.group, [Shared(shape, columns, (self.layer, TEXT), self.predictor, text, dim=2)])
         self._text.exchange([text], turn)
         return heads(self._text.shared[0].whole, shares[-1][1])
-
-
-MakeMode = Callable[[int, Slices], Mode]
-__all__ = ["FINAL", "HEADER_BYTES", "PATCH", "Displaced", "Gathered", "KVGather", "Local", "MakeMode", "Mode", "Ring", "Shared", "Turn", "Ulysses"]

@@ -193,15 +193,14 @@ class PipeFusion(Runner):
         packet = write(streams, values, turn, wire_bytes(streams, turn.codec))
         self.group.traffic.add(len(packet), output.numel() * output.element_size())
         self._sent.append(self.group.exchange([(self.group.index + 1, packet)], []))
-        if not turn.codec.lossless:
-            read(packet, streams, turn)
+        read(packet, streams, turn, own=True)
         return output
 
     def _receive(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x = args[0] if args else kwargs["hidden_states"]
         streams, _ = self._streams(self.group.index - 1, x)
         turn = self.turn(self.group.index - 1)
-        packet = torch.empty(wire_bytes(streams, turn.codec), dtype=torch.uint8, device=x.device)
+        packet = torch.empty(wire_bytes(streams, turn.codec), dtype=torch.uint8)
         self.group.exchange([], [(self.group.index - 1, packet)]).wait()
         read(packet, streams, turn)
         received = torch.cat([stream.value for stream in streams], dim=1)
@@ -256,7 +255,7 @@ def broadcast_rows(group: RankGroup, x: torch.Tensor, moment: Moment) -> torch.T
         packet = write(shared.streams, [x], turn, length)
         group.traffic.add(length * last, x.numel() * x.element_size() * last)
     else:
-        packet = torch.empty(length, dtype=torch.uint8, device=x.device)
+        packet = torch.empty(length, dtype=torch.uint8)
     group.broadcast(packet, last)
     read(packet, shared.streams, turn)
     return shared.whole

@@ -176,7 +176,7 @@ class Simulation(Runner):
             layer.streams_by_key[key] = ResidualStream(Name(0, 0, 0), torch.zeros(x.shape, dtype=x.dtype, device=x.device), self.predictor)
         stream = layer.streams_by_key[key]
         self.changes.add(turn.moment, key[0], x, stream)
-        packet = torch.zeros(stream.packet_bytes(turn.codec), dtype=torch.uint8, device=x.device)
+        packet = torch.zeros(stream.packet_bytes(turn.codec), dtype=torch.uint8)
         self.group.traffic.add(len(packet), x.numel() * x.element_size())
         stream.encode(x, turn.codec, turn.moment, packet)
         stream.decode_(packet, turn.codec, turn.moment)

@@ -84,7 +84,7 @@ class ResidualStream:
     def encode(self, x: torch.Tensor, chosen: Codec, moment: Moment, packet: torch.Tensor) -> None:
         """Write a packet that brings `value` to (nearly) x; `value` changes only by `decode_`, which the sender must call as well.
 
-        `packet` uint8, at least as long as `packet_bytes` says; what is left over stays as it is.
+        `packet` uint8 in host memory, at least as long as `packet_bytes` says; what is left over stays as it is.
         """
         used, order = self._used(chosen)
         length = self.packet_bytes(chosen) - HEADER_BYTES
@@ -92,11 +92,14 @@ class ResidualStream:
         # What is remembered stays until the packet is decoded, which may be a step later.
         base = self.reference if order or used.lossless else Reference(torch.zeros_like(self.value))
         betas = self._betas(order)
-        body = packet[HEADER_BYTES : HEADER_BYTES + length]
+        sent = packet[HEADER_BYTES : HEADER_BYTES + length]
+        body = sent if x.device == sent.device else torch.empty(length, dtype=torch.uint8, device=x.device)
         beta = self._fit(x) if betas else None
         if beta is not None:
             body[:betas] = torch.nn.functional.pad(beta, (0, betas - len(beta)))
         finite = used.encode(x, base, _scaled(beta), body[betas:])
+        if body is not sent:
+            sent.copy_(body)
         flags = (DIGEST if digest else 0) | (0 if finite else NONFINITE)
         expected = self._header(used, order, moment)
         seal(packet, replace(expected, flags=expected.flags | flags, length=length, digest=digest))
@@ -116,9 +119,16 @@ class ResidualStream:
             raise ExchangeCorrupted(f"rank {self.name.rank}'s packet of layer {self.name.layer} has {len(body)} bytes", f"it should have {expected}")
         if order == 0 and not used.lossless:
             self.reference.clear_()
-        betas = self._betas(order)
+        betas, body = self._betas(order), body.to(self.value.device)
         used.decode_(self.reference, _scaled(body[: len(self.value)]) if betas else None, body[betas:])
         self.frames += 1
+
+    def sent(self, packet: torch.Tensor, chosen: Codec, moment: Moment) -> None:
+        """The sender's `decode_`, where `value` is of use for nothing but the next packet."""
+        if self.predictor.order == 0 and self._used(chosen)[0].lossless:
+            self.frames += 1
+        else:
+            self.decode_(packet, chosen, moment)
 
     def digest(self) -> int:
         """64 bits of a hash of what every receiver holds."""
@@ -153,13 +163,13 @@ class ResidualStream:
     def _fit(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 [B]: β in sixteenths."""
         if self.predictor.damping != ADAPTIVE:
-            return torch.full((len(x),), round(BETA_STEPS * float(self.predictor.damping)), dtype=torch.uint8)
+            return torch.full((len(x),), round(BETA_STEPS * float(self.predictor.damping)), dtype=torch.uint8, device=x.device)
         # Some of the tokens tell it as well as all: an odd stride meets every column of a picture. All would take three times as long as the codec.
         some = slice(None, None, max(1, x[0].numel() // FITTED) | 1)
         delta = self.reference.delta[:, some].float().flatten(1)
         change = (x[:, some].float() - self.reference.value[:, some].float()).flatten(1)
         fitted = (change * delta).sum(1) / (delta * delta).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-        return (fitted.nan_to_num(0.0) * BETA_STEPS).clamp(0, BETA_STEPS).round().to(torch.uint8).cpu()
+        return (fitted.nan_to_num(0.0) * BETA_STEPS).clamp(0, BETA_STEPS).round().to(torch.uint8)
 
 
 def _scaled(beta: torch.Tensor | None) -> torch.Tensor | None:

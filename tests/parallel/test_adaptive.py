@@ -37,14 +37,15 @@ def steps(monkeypatch):
     def run(waited, change):
         group = Lonely()
         watch = Adaptive(group, layers=3)
-        stream = SimpleNamespace(reference=Reference(torch.ones(4), torch.full((4,), change)), value=torch.ones(4))
+        value = torch.ones(2, 64, 128)
+        stream = SimpleNamespace(reference=Reference(value, change * value), value=value)
         for step in range(10):
             moment = Moment(1, 0, step)
             watch.begin(moment)
             clock[0] += 0.1 + waited
             group.traffic.add(sent=10**6, raw=4 * 10**6)
             group.traffic.seconds += waited
-            watch.after(moment, [stream], value_bytes=2)
+            watch.after(moment, [stream])
         return watch, [watch.codec_of(step, 0) for step in range(10)]
 
     return run
