@@ -12,6 +12,7 @@ import torch
 import dite
 from dite.models.families import example_inputs
 from dite.parallel.handle import parallelize
+from dite.parallel.schedule import Rule, Schedule
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fault_scenarios as faults
@@ -68,13 +69,19 @@ def modes(cases):
     return [one_case(**case) for case in cases]
 
 
+def schedule(codecs):
+    """"none,int4": one codec a step, the last for all that follow."""
+    first, last = codecs.split(",")[:-1], codecs.split(",")[-1]
+    return Schedule.from_rules(last, [Rule(str(step), "*", name) for step, name in enumerate(first)])
+
+
 def one_case(family, mode, codec="none", order=2, steps=4, dtype="float32", quantized=False, probe=False, samples=1, damping="adaptive"):
     model = build(family).to(getattr(torch, dtype))
     if quantized:
         dite.quantize(model, "w4a8", effort="fast")
     inputs = rows(example_inputs(model), 3 if mode.startswith("cfg") else samples)
     document = {"case": [family, mode, codec, order]}
-    settings = {"mode": mode, "codec": codec, "order": order, "damping": damping}
+    settings = {"mode": mode, "codec": schedule(codec) if "," in codec else codec, "order": order, "damping": damping}
     world = int(os.environ["WORLD_SIZE"])
     one = denoise(model, inputs, steps)
     try:

@@ -31,6 +31,8 @@ CODED = {
         *((mode, CODECS[at], (at + turn) % 3) for turn, mode in enumerate(CODED_MODES) for at in range(turn % 2, 6, 2)),
         ("ring", "int4", 2),
         ("ring", "int1", 1),
+        *((mode, "none,int4,none,int2,int4", order) for order, mode in enumerate(("kv_gather", "ulysses", "pipefusion"))),
+        ("ulysses", "int4,none,int2", 2),
     ],
     3: [("kv_gather", "int4", 2), ("ulysses", "int2", 2), ("displaced", "int8", 1), ("ring", "topk-8", 0)],
     4: [("ulysses2+ring2", "int4", 2), ("cfg+ulysses", "int2", 2), ("cfg+displaced", "int4", 2), ("cfg+pipefusion", "int4", 2)],
