@@ -107,7 +107,8 @@ def save(out: Path, documents: dict[str, dict[str, Any]]) -> None:
     models = []
     for title, one in documents.items():
         models.append({"title": title, "summary": summary(one["rows"]), "cost_model": prediction_quality(one["rows"]), **one})
-    write({"error_bound": ERROR_BOUND, "notes": NOTES, "models": models}, out / "exchange-speed.json")
+    command = {"command": "python evals/exchange_figures.py"}
+    write(command | {"error_bound": ERROR_BOUND, "notes": NOTES, "models": models}, out / "exchange-speed.json")
     draw(documents, out / "exchange-speed.png")
     assumed = {
         "note": "predictions of the cost model, not measurements: workloads, links and codec speeds are as given here",
@@ -117,7 +118,7 @@ def save(out: Path, documents: dict[str, dict[str, Any]]) -> None:
         "codec_speeds": {name: asdict(one) for name, one in ASSUMED_GPU_SPEEDS.items()},
         "checked_against_shaped_runs": {one["title"]: one["cost_model"] for one in models},
     }
-    write(assumed | {"rows": predictions()}, out / "exchange-predictions.json")
+    write(command | assumed | {"rows": predictions()}, out / "exchange-predictions.json")
 
 
 def _seconds(row: dict[str, Any]) -> float:

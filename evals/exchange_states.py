@@ -47,7 +47,9 @@ def main() -> None:
         total = {"compared": sum(row["equal"] for row in rows) + different, "different": different}
         total["steps"] = sum(row["seeds"] * row["steps"] for row in rows)
         told = f"{options.seeds} seeds were asked for; each row says how many there was time for"
-        options.out.write_text(json.dumps({"what": __doc__.splitlines()[0], "seeds": told, "total": total, "rows": rows}, indent=1) + "\n")
+        command = f"python evals/exchange_states.py --seeds {options.seeds} --steps {options.steps} --limit-s {options.limit_s:g}"
+        document = {"command": command, "what": __doc__.splitlines()[0], "seeds": told, "total": total, "rows": rows}
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
     if different:
         raise SystemExit(f"{different} references differ between ranks")
 

@@ -46,7 +46,8 @@ def main() -> None:
         assert all([one.get("refused") for one in other] == [one.get("refused") for one in answers[0]] for other in answers)
         rows += [row(case["family"], case["mode"], ranks, found) for case, found in zip(cases, answers[0], strict=True)]
     path = ROOT / "docs/results/parallel-support.json"
-    path.write_text(json.dumps({"relative_limit": LIMIT, "models": "2 blocks (FLUX 2 + 2), 3 heads, random weights", "rows": rows}, indent=1) + "\n")
+    facts = {"relative_limit": LIMIT, "models": "2 blocks (FLUX 2 + 2), 3 heads, random weights"}
+    path.write_text(json.dumps({"command": "python evals/parallel_support.py"} | facts | {"rows": rows}, indent=1) + "\n")
     print(f"{sum(one['supported'] for one in rows)} of {len(rows)} supported: {path.relative_to(ROOT)}")
 
 
