@@ -58,7 +58,8 @@ def main() -> None:
             print(deaths[-1], flush=True)
     total = {key: sum(row[key] for row in rows) for key in ("injected", "noticed", "silent", "finished")}
     command = {"command": f"python evals/exchange_faults.py --faults {options.faults}"}
-    document = command | {"what": __doc__.splitlines()[0], "machine": "2 cores, shared with other work", "total": total, "injected": rows, "deaths": deaths}
+    command |= {"what": __doc__.splitlines()[0], "machine": "2 cores, shared with other work"}
+    document = command | {"total": total, "injected": rows, "deaths": deaths}
     options.out.write_text(json.dumps(document, indent=1) + "\n")
     print(total)
     if total["noticed"] != total["injected"]:

@@ -1,7 +1,6 @@
 """Small models, and a sampler for them that needs no pipeline."""
 
 import importlib.util
-import inspect
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ def _fixtures():
 
 fixtures = _fixtures()
 FAMILIES, build = fixtures.FAMILIES, fixtures._build
-pipeline = inspect.unwrap(fixtures.tiny_pipeline)
+pipeline = fixtures._tiny_pipeline
 
 
 def denoise(model, inputs, steps, seed=0):

@@ -16,7 +16,7 @@ from dite.parallel.schedule import Rule, Schedule
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fault_scenarios as faults
-from samples import FAMILIES, build, denoise, error, rows
+from samples import FAMILIES, build, denoise, error, pipeline, rows
 
 
 def held(par):
@@ -110,7 +110,16 @@ def too_few_tokens():
         return [told, bool(denoise(model, enough, 2).isfinite().all())]
 
 
-SCENARIOS = {"modes": modes, "states": states, "too_few_tokens": too_few_tokens, **faults.SCENARIOS}
+def evaluates(folder):
+    """Fidelity of a pipeline that is shared out, against itself on one device; every rank asks for the report."""
+    pipe = pipeline()
+    with parallelize(pipe, int(os.environ["WORLD_SIZE"]), "kv_gather", "none", probe=False):
+        settings = {"n": 2, "steps": 2, "guidance": 2.0, "micro_batch": 2}
+        found = dite.evaluate(pipe, "fidelity-128", baseline=pipeline(), output=folder, **settings)
+    return {"psnr": found["psnr"]["mean"], "wrote": "report" in found}
+
+
+SCENARIOS = {"evaluates": evaluates, "modes": modes, "states": states, "too_few_tokens": too_few_tokens, **faults.SCENARIOS}
 
 
 def be_rank(rank, world, scenario, settings, folder):
