@@ -62,6 +62,9 @@ class Asked:
         rates = [links.rate_named(name) for name in self.links]
         if self.steps < 2 or self.rounds < 1:
             raise UsageError(f"{self.steps} steps in {self.rounds} rounds", "a keyframe and another step are needed, and a round", "use --steps 6")
+        halves = next((mode for mode in self.modes if mode.startswith("cfg")), None)
+        if halves and self.batch_size < 2:
+            raise UsageError(f"mode {halves} can't share out a batch of 1", "its ranks take different rows of the batch", "use --batch-size 2")
         if any(rate.bits_per_s for rate in rates) and links.refusal():
             raise UnsupportedEnvironment("this machine has no slow links", links.refusal(), "use --links unshaped, or run it as root")
 

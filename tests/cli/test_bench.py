@@ -203,3 +203,8 @@ def test_exchange_shows_people_a_table(run, monkeypatch):
     monkeypatch.setattr("dite_evals.exchange_speed.bench_exchange", lambda asked, progress: document)
     outcome = run("bench", "exchange", "builtin:cifar10-dit")
     assert outcome.code == 0 and "500.0" in outcome.out and "1.50" in outcome.out and "times as fast as one device" in outcome.out
+
+
+def test_exchange_says_that_guidance_branches_need_two_rows(run, model_folder):
+    outcome = run("bench", "exchange", model_folder, "--modes", "kv_gather,cfg")
+    assert outcome.code == 2 and "batch of 1" in outcome.err and "--batch-size 2" in outcome.err
