@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,14 @@ def test_what_a_killed_run_leaves_behind_is_removed_with_its_processes():
     assert not Path("/run/netns", namespace).exists() and _ended(int(inside))
 
 
-def _ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+def _ended(pid: int, deadline_s: float = 20.0) -> bool:
+    """A killed process takes a moment to go where others want the cores."""
+    until = time.monotonic() + deadline_s
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
