@@ -202,7 +202,7 @@ class _Waiting:
             return
         why = f"rank {group.rank} of {group._whole.size}, deadline {group.timeout_s:.0f} s: {_first_line(error)}"
         error.with_traceback(None)
-        group.leave(RankLost(f"another rank was lost during a {self.what}", why, "look at what the other ranks printed, and start all of them again"))
+        group.leave(RankLost(f"another rank was lost in the {self.what}", why, "look at what the other ranks printed, and start all of them again"))
         raise group._whole._lost from error
 
 
@@ -243,4 +243,5 @@ def _opened(text: bytes) -> bytes:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return said.split(". This is typically")[0][:300]  # gloo goes on with advice

@@ -45,12 +45,12 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
             codes = _watch(ranks)
         except KeyboardInterrupt:  # the terminal has told the ranks as well
             codes = _ended(ranks, time.monotonic() + GRACE_S)
-        failed = next((rank for rank, code in enumerate(codes) if code not in (0, None)), None)
         if codes[0] is not None and codes[0] >= 0:
-            if failed:
-                print(f"rank {failed} ended with {codes[failed]}:\n{_tail(logs[failed])}", file=sys.stderr)
+            odd = next((rank for rank, code in enumerate(codes) if code not in (0, codes[0])), None)
+            if odd is not None:  # what all ranks refuse alike is said once
+                print(f"rank {odd} ended with {_status(codes[odd])}\n{_tail(logs[odd])}".strip(), file=sys.stderr)
             return codes[0]
-        rank = failed if failed is not None else 0
+        rank = next((rank for rank, code in enumerate(codes) if code not in (0, None)), 0)
         raise RankLost(f"rank {rank} ended with {_status(codes[rank])}", _tail(logs[rank]) or "it said nothing", "run the command again")
 
 
