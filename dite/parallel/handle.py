@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dite.errors import DiteError, RanksDisagree, UnsupportedModel, UsageError
+from dite.errors import DiteError, UnsupportedModel, UsageError
 from dite.models.access import the_denoiser
 from dite.parallel.adaptive import START, Adaptive
 from dite.parallel.auto import decide
@@ -59,7 +59,7 @@ class Settings:
         """Raises UsageError for settings that contradict each other."""
         if AUTO in (self.mode, self.codec) and simulate:
             raise UsageError("auto can't be simulated", "it measures ranks and the link between them", "name a mode and a codec")
-        if AUTO in (self.mode, self.codec) and self.predictor.order not in (0, 2):
+        if AUTO in (self.mode, self.codec) and self.predictor.order != 2:
             raise UsageError(f"auto can't use residual order {self.predictor.order}", "its error figures are those of order 2", "leave order out")
         if self.patches is not None and (self.patches < 1 or not self.mode.endswith("pipefusion")):
             raise UsageError(f"{self.patches} patches can't be used", "pipefusion alone has them, 1 or more", "leave patches out")
@@ -70,6 +70,8 @@ class Parallel:
 
     def __init__(self, pipe: Any, topology: Topology, settings: Settings, codec_of: CodecOf, group: RankGroup | Alone):
         self.model = the_denoiser(pipe)
+        if settings.codec == "none":  # there is nothing to foretell, nor to remember
+            settings = replace(settings, predictor=Predictor(0))
         self.topology, self.settings, self.group = topology, settings, group
         self._adaptive = Adaptive(group, self._layers()) if settings.codec == AUTO and isinstance(group, RankGroup) else None
         self._codec_of = self._adaptive.codec_of if self._adaptive else codec_of
@@ -91,7 +93,7 @@ class Parallel:
                 self._runner = self._make_runner(family_of(self.model))
                 self._runner.install(self._hooks)
             self._hooks.replace(self.model, "forward", self._around)
-            self._hooks.mark(self.model, "dite_exchange", {"ranks": topology.world, **asdict(settings)})
+            self._hooks.mark(self.model, "dite_exchange", {"ranks": topology.world, **asdict(replace(settings, reason=""))})
             watch(pipe, self.model, self._clock, self._hooks, self._begin)
         except BaseException:
             self._hooks.undo()
@@ -320,8 +322,7 @@ def parallelize(
     if degree is None:
         degree = place[1] if place and not simulate else 1
     codec_of, codec_name = _codecs(codec)
-    # Without a codec there is nothing to foretell, nor to remember.
-    settings = Settings(mode, codec_name, Predictor(order, damping) if codec_name != "none" else Predictor(0), patches)
+    settings = Settings(mode, codec_name, Predictor(order, damping), patches)
     settings.check(simulate)
     if hasattr(transformer, "dite_exchange"):
         raise UsageError("this model is shared out already", f"by {transformer.dite_exchange['mode']}", "close its handle first")
@@ -372,6 +373,3 @@ def _codecs(codec: Any) -> tuple[CodecOf, str]:
     if not isinstance(codec, Schedule):
         raise UsageError(f"a codec can't be a {type(codec).__name__}", "it is a name, or a Schedule", "use int4")
     return codec.codec, f"schedule {codec.digest}"
-
-
-__all__ = ["Parallel", "RanksDisagree", "parallelize"]

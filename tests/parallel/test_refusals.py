@@ -25,6 +25,8 @@ def draw(pipe, steps=2):
         ({"degree": 2, "mode": "auto", "simulate": True}, "can't be simulated"),
         ({"degree": 2, "codec": "auto", "simulate": True}, "can't be simulated"),
         ({"degree": 2, "codec": "auto", "order": 1}, "residual order 1"),
+        ({"degree": 2, "codec": "auto", "order": 0}, "residual order 0"),
+        ({"degree": 2, "mode": "auto", "codec": "none", "order": 0}, "residual order 0"),
         ({"degree": 2, "order": 3}, "residual order 3"),
         ({"degree": 2, "damping": 1.5}, "damping 1.5"),
         ({"degree": 3, "mode": "cfg"}, "cfg degree 2 must divide"),
