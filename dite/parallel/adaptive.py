@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dite.parallel.codecs import KEYFRAME_CODEC, codec
+from dite.parallel.codecs import codec
 from dite.parallel.controller import Candidate, Measurement, RateController, Target
 from dite.parallel.group import RankGroup
-from dite.parallel.packet import HEADER_BYTES
-from dite.parallel.rates import SQUARED_ERRORS
+from dite.parallel.rates import HEADER_BYTES, KEYFRAME_CODEC, SQUARED_ERRORS
 from dite.parallel.schedule import Schedule
 from dite.parallel.stream import Moment, ResidualStream
 

@@ -19,7 +19,7 @@ from typing import Self
 
 from dite.errors import UsageError
 from dite.parallel import document
-from dite.parallel.rates import HEADER_BYTES, KEYFRAME, SQUARED_ERRORS, parse_codec, payload_bytes
+from dite.parallel.rates import HEADER_BYTES, KEYFRAME_CODEC, SQUARED_ERRORS, parse_codec, payload_bytes
 from dite.parallel.schedule import MOST_LAYERS, MOST_STEPS, Schedule
 
 
@@ -116,14 +116,14 @@ def allocate(
     copies = profile.ranks - 1  # a packet passes all other ranks in a ring, or goes to each: either way a rank sends that many
     costs = [{codec: copies * (header_bytes + payload_bytes(codec, *shape, value_bytes)) for codec in squared_errors} for shape in profile.shapes]
     hulls = [_hull([_Point(sent, squared_errors[codec], codec) for codec, sent in cost.items()]) for cost in costs]
-    keyframe_bytes = sum(copies * (header_bytes + payload_bytes(KEYFRAME, *shape, value_bytes)) for shape in profile.shapes)
+    keyframe_bytes = sum(copies * (header_bytes + payload_bytes(KEYFRAME_CODEC, *shape, value_bytes)) for shape in profile.shapes)
     steps = len(profile.energy)
     least_bytes = keyframe_bytes + (steps - 1) * sum(hull[0].sent_bytes for hull in hulls)
     if least_bytes > budget_bytes:
         raise UsageError(
             f"a budget of {budget_bytes} bytes an image is too small",
             f"the least possible is {least_bytes} bytes a rank: {steps} steps × {len(hulls)} layers × {copies} copies in the smallest codecs of "
-            f"{', '.join(squared_errors)}, the first step in {KEYFRAME}, {header_bytes} bytes a header",
+            f"{', '.join(squared_errors)}, the first step in {KEYFRAME_CODEC}, {header_bytes} bytes a header",
             f"allow {least_bytes} bytes, or add smaller codecs",
         )
     return _spend(profile, hulls, budget_bytes - least_bytes, least_bytes)
@@ -150,7 +150,7 @@ def _spend(profile: Profile, hulls: Sequence[list[_Point]], room: int, spent: in
             room, spent = room - extra, spent + extra
             saved.append(-rate * extra)
     codecs = [[hull[place].codec for hull, place in zip(hulls, row, strict=True)] for row in chosen]
-    codecs[0] = [KEYFRAME] * len(hulls)
+    codecs[0] = [KEYFRAME_CODEC] * len(hulls)
     start = math.fsum(energy * hull[0].error for row in profile.energy[1:] for energy, hull in zip(row, hulls, strict=True))
     error = math.fsum(e * hull[p].error for r, c in zip(profile.energy[1:], chosen[1:], strict=True) for e, hull, p in zip(r, hulls, c, strict=True))
     return Allocation(Schedule.from_table(codecs), spent, error, error if relaxed is None else min(error, max(0.0, start - relaxed)))

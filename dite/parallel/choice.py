@@ -7,7 +7,8 @@ from dite.errors import UsageError
 from dite.parallel.cost import NO_COST, CodecSpeed, Prediction, image_seconds, predict
 from dite.parallel.document import check_int, check_number
 from dite.parallel.rates import parse_codec
-from dite.parallel.traffic import MODES, ONE_DEVICE, STALE, Layout, check
+from dite.parallel.topology import STALE
+from dite.parallel.traffic import MODES, ONE_DEVICE, Layout, check
 from dite.parallel.workload import Link, Workload
 
 

@@ -11,20 +11,18 @@ All arithmetic is fp32, each operation rounded once, and every sum that a receiv
 
 from __future__ import annotations
 
-import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from dite.errors import UsageError, did_you_mean
+from dite.errors import UsageError
+from dite.parallel.rates import parse_codec, payload_bytes
 from dite_kernels import codec as kernels
 from dite_kernels import residual
 
-KEYFRAME_CODEC = "int8"
-MOST_RANK = 128
 MOST_COLUMNS = 2**16
-_SIZED = re.compile(r"(lowrank|topk)-([1-9]\d{0,4})")
 
 
 @dataclass
@@ -41,7 +39,7 @@ class Reference:
             self.delta.zero_()
 
 
-class Codec:
+class Codec(ABC):
     """One way to write a body. `number` goes into headers."""
 
     name: str
@@ -50,24 +48,21 @@ class Codec:
 
     def body_bytes(self, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
         """Length for a tensor of `shape` [B, l, C]."""
-        raise NotImplementedError
+        return payload_bytes(self.name, *_rows(shape), dtype.itemsize)
 
+    @abstractmethod
     def encode(self, x: torch.Tensor, base: Reference, beta: torch.Tensor | None, body: torch.Tensor) -> bool:
         """Write into `body` (uint8) what `x` adds to base.value + beta · base.delta; `beta` fp32 [B]. Returns whether x is finite."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_(self, base: Reference, beta: torch.Tensor | None, body: torch.Tensor) -> None:
         """Bring `base` up to date."""
-        raise NotImplementedError
 
 
 class Raw(Codec):
     """The values themselves."""
 
     name, number, lossless = "none", 0, True
-
-    def body_bytes(self, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-        return _count(shape) * dtype.itemsize
 
     def encode(self, x: torch.Tensor, base: Reference, beta: torch.Tensor | None, body: torch.Tensor) -> bool:
         _typed(body, x.dtype).view(x.shape).copy_(x)
@@ -87,10 +82,6 @@ class Grouped(Codec):
         self.name = name
         self.number = 1 + list(kernels.BITS).index(name)
 
-    def body_bytes(self, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-        codes, scale = self._sizes(shape)
-        return codes + scale
-
     def encode(self, x: torch.Tensor, base: Reference, beta: torch.Tensor | None, body: torch.Tensor) -> bool:
         payload = self._payload(body, x.shape)
         residual.encode(x, base.value, self.name, _prediction(base, beta), payload)
@@ -100,13 +91,9 @@ class Grouped(Codec):
     def decode_(self, base: Reference, beta: torch.Tensor | None, body: torch.Tensor) -> None:
         residual.decode_add_(base.value, self._payload(body, base.value.shape), self.name, _prediction(base, beta))
 
-    def _sizes(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
-        codes, scale = kernels.payload_shapes(tuple(shape), self.name)
-        return _count(codes), 2 * _count(scale)
-
     def _payload(self, body: torch.Tensor, shape: torch.Size) -> kernels.Payload:
-        split = self._sizes(shape)[0]
         codes, scale = kernels.payload_shapes(tuple(shape), self.name)
+        split = _count(codes)
         return kernels.Payload(body[:split].view(codes), _typed(body[split:], torch.float16).view(scale))
 
 
@@ -116,10 +103,6 @@ class LowRank(Codec):
     def __init__(self, rank: int):
         self.rank = rank
         self.name, self.number = f"lowrank-{rank}", 16
-
-    def body_bytes(self, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-        rows, columns = _rows(shape)
-        return 2 * self._rank(shape) * (rows + columns)
 
     def encode(self, x: torch.Tensor, base: Reference, beta: torch.Tensor | None, body: torch.Tensor) -> bool:
         rows, columns = _rows(x.shape)
@@ -156,9 +139,6 @@ class TopK(Codec):
         self.one_in = one_in
         self.name, self.number = f"topk-{one_in}", 17
 
-    def body_bytes(self, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-        return 4 * _rows(shape)[0] * self._kept(shape)
-
     def encode(self, x: torch.Tensor, base: Reference, beta: torch.Tensor | None, body: torch.Tensor) -> bool:
         d = (x.float() - _predicted(base, beta)).flatten(0, 1)
         places = d.abs().topk(self._kept(x.shape), dim=1).indices
@@ -188,18 +168,10 @@ def codec(name: str) -> Codec:
     >>> codec("int4").body_bytes((2, 8, 100), torch.float32)
     1088
     """
-    if name == Raw.name:
+    kind, number = parse_codec(name)
+    if kind == Raw.name:
         return Raw()
-    if name in kernels.BITS:
-        return Grouped(name)
-    match = _SIZED.fullmatch(name)
-    if match and match[1] == "lowrank" and int(match[2]) <= MOST_RANK:
-        return LowRank(int(match[2]))
-    if match and match[1] == "topk" and 2 <= int(match[2]) <= MOST_COLUMNS:
-        return TopK(int(match[2]))
-    known = [Raw.name, *kernels.BITS, "lowrank-8", "topk-16"]
-    rule = f"there are {', '.join(known[:-2])}, lowrank-R (rank R up to {MOST_RANK}) and topk-K (one value in K)"
-    raise UsageError(f"no codec {name!r}", rule, did_you_mean(name, known) or "use int4")
+    return LowRank(number) if kind == "lowrank" else TopK(number) if kind == "topk" else Grouped(kind)
 
 
 def _prediction(base: Reference, beta: torch.Tensor | None) -> kernels.Prediction | None:

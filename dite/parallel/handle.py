@@ -34,7 +34,7 @@ from dite.parallel.handshake import agree_on_call, description, shake_hands
 from dite.parallel.hooks import Hooks
 from dite.parallel.launch import environment_ranks
 from dite.parallel.modes import Displaced, KVGather, Local, Mode, Ring, Ulysses
-from dite.parallel.runners import CodecOf, PipeFusion, Remembered, Runner, Slices, join_rows
+from dite.parallel.runners import CodecOf, OwnRows, PipeFusion, Remembered, Runner, join_rows
 from dite.parallel.schedule import Schedule
 from dite.parallel.simulation import Alone, Simulation
 from dite.parallel.stream import ADAPTIVE, Moment, Predictor, ResidualStream
@@ -194,7 +194,7 @@ class Parallel:
             return Simulation(*arguments, topology=self.topology, patches=self.settings.patches)
         if self.topology.mode == "pipefusion":
             return PipeFusion(*arguments, patches=self.settings.patches)
-        return Slices(*arguments, make=self._mode_maker())
+        return OwnRows(*arguments, make=self._mode_maker())
 
     def _mode_maker(self) -> Callable[[int, list[tuple[int, int]]], Mode]:
         predictor, topology, token_group = self.settings.predictor, self.topology, self._tokens

@@ -5,6 +5,7 @@ Shapes: B batch, H heads, D head size, C = H·D, L tokens of the image, l of the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from dite.parallel.group import Pending, RankGroup
 from dite.parallel.stream import Moment, Name, Predictor, ResidualStream
 from dite.parallel.topology import bounds
 
-Slices = Sequence[tuple[int, int]]
+Parts = Sequence[tuple[int, int]]
 K, V, Q, OUT, TEXT, PATCH, FINAL = range(7)
 ROLES = 8  # a role's number in a header is role + ROLES · receiver, where receivers get different things
 
@@ -33,7 +34,7 @@ class Turn:
 class Shared:
     """A tensor [B, L, C] whose parts different ranks own and all ranks hold: `streams[r]` carries the part of member r."""
 
-    def __init__(self, shape: tuple[int, int, int], parts: Slices, place: tuple[int, int], predictor: Predictor, like: torch.Tensor, dim: int = 1):
+    def __init__(self, shape: tuple[int, int, int], parts: Parts, place: tuple[int, int], predictor: Predictor, like: torch.Tensor, dim: int = 1):
         layer, role = place
         self.whole = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.parts = parts
@@ -110,18 +111,18 @@ class Gathered:
                 self.take(member, packet, turn)
 
 
-class Mode:
+class Mode(ABC):
     """How the attention of one layer is computed. `parts`: which tokens of the image each member of the group holds."""
 
-    def __init__(self, layer: int, group: RankGroup, parts: Slices, predictor: Predictor):
+    def __init__(self, layer: int, group: RankGroup, parts: Parts, predictor: Predictor):
         self.layer, self.group, self.parts, self.predictor = layer, group, parts, predictor
         self._gathered: Gathered | None = None
 
+    @abstractmethod
     def attend(self, call: Attention, turn: Turn) -> torch.Tensor:
         """The result for this rank's tokens, [B, H, T + l, D]."""
-        raise NotImplementedError
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 - most modes have nothing under way between calls
         """Wait for what is under way; nothing of it is used."""
 
     def streams(self) -> list[ResidualStream]:
@@ -210,7 +211,7 @@ class Displaced(Mode):
 class Ulysses(Mode):
     """All tokens of some heads instead of some tokens of all heads, and back. `inner` computes attention over the tokens of the group."""
 
-    def __init__(self, layer: int, group: RankGroup, parts: Slices, predictor: Predictor, inner: Mode):
+    def __init__(self, layer: int, group: RankGroup, parts: Parts, predictor: Predictor, inner: Mode):
         super().__init__(layer, group, parts, predictor)
         self.inner = inner
         self._first = parts[0][0]
@@ -287,7 +288,7 @@ class Ulysses(Mode):
         name = Name(self.layer, role + ROLES * receiver, sender)
         self._streams[role, 2 * member + (receiver == self.group.index)] = ResidualStream(name, value, self.predictor)
 
-    def _all_heads(self, text: torch.Tensor, shares: Slices, size: int, turn: Turn) -> torch.Tensor:
+    def _all_heads(self, text: torch.Tensor, shares: Parts, size: int, turn: Turn) -> torch.Tensor:
         """The text's rows with the heads of all ranks; every rank must hold the same, so every rank decodes its own too."""
         if self._text is None:
             columns = [(first * size, last * size) for first, last in shares]

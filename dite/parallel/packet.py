@@ -1,7 +1,7 @@
 """A packet: 48 bytes that say what follows, and a checksum over both. What doesn't belong here and now is refused, never decoded.
 
-    magic 4 | codec 1 | order 1 | flags 1 | dtype 1 | epoch 4 | step 2 | branch 2 | layer 2 | role 1 | rank 1
-    rows 4 | columns 4 | inputs 4 | length 4 | digest 8 | crc 4
+magic 4 | codec 1 | order 1 | flags 1 | dtype 1 | epoch 4 | step 2 | branch 2 | layer 2 | role 1 | rank 1
+rows 4 | columns 4 | inputs 4 | length 4 | digest 8 | crc 4
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from dite.errors import ExchangeCorrupted, RanksDisagree
+from dite.parallel.rates import HEADER_BYTES
 
 MAGIC = b"DTX1"
 _LAYOUT = struct.Struct("<4sBBBBIHHHBBIIIIQI")
-HEADER_BYTES = _LAYOUT.size
+assert _LAYOUT.size == HEADER_BYTES
 _CRC_AT = HEADER_BYTES - 4
 KEYFRAME, NONFINITE, DIGEST = 1, 2, 4
 

@@ -25,7 +25,7 @@ SCALE_BYTES = 2
 HEADER_BYTES = 48  # of a packet
 BITS = MappingProxyType({"none": 0, "int8": 8, "int4": 4, "int2": 2, "int1": 1})  # none: the bits of the value itself
 NUMBERED = MappingProxyType({"lowrank": (1, 128), "topk": (2, 65536)})  # kind → the least and the most that may follow
-KEYFRAME = "int8"  # of the first exchange of a stream, when there is no reference yet
+KEYFRAME_CODEC = "int8"  # of the first exchange of a stream, when there is no reference yet
 
 # Of a trained latent DiT (K and V, 50 steps, guidance 4), where ‖Δ‖ is 6.0% of ‖x‖: (error / 0.060)². Order 2 has momentum 0.5; its int8 was not
 # measured apart, and is taken to be that of order 1. Low rank and topk have no figures here: measure them.

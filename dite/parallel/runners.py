@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +47,7 @@ class Remembered:
         return [stream for key in sorted(self.layers) for stream in self.layers[key].streams()]
 
 
-class Runner:
+class Runner(ABC):
     """Shares one model's calls out over `group`. `remembered` and `moment` are set before each call."""
 
     def __init__(self, model: nn.Module, family: Family, group: RankGroup, predictor: Predictor, codec_of: CodecOf):
@@ -64,25 +65,27 @@ class Runner:
         self.moment, self.remembered = moment, remembered
         return forward()
 
+    @abstractmethod
     def rows(self, count: int) -> Range:
         """Which rows of `count` tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def taken(self) -> int:
         """How many rows this rank has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(self, layer: int, call: Attention) -> torch.Tensor:
-        raise NotImplementedError
+        """The attention of a layer, for this rank's rows."""
 
+    @abstractmethod
     def join(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """[B, l, C] of this rank's rows → [B, L, C]."""
 
     def turn(self, layer: int) -> Turn:
         return Turn(self.moment, codec(self.codec_of(self.moment.step, layer)))
 
 
-class Slices(Runner):
+class OwnRows(Runner):
     """Every rank its own rows, all of the time. `make(layer, parts)` builds the mode of a layer."""
 
     def __init__(self, *arguments: Any, make: Callable[[int, list[Range]], Mode]):

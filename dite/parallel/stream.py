@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from dite.errors import ExchangeCorrupted, NonFiniteOutput, UsageError
-from dite.parallel.codecs import KEYFRAME_CODEC, Codec, Reference, codec
+from dite.parallel.codecs import Codec, Reference, codec
 from dite.parallel.packet import DIGEST, HEADER_BYTES, KEYFRAME, NONFINITE, Header, open_packet, seal
+from dite.parallel.rates import KEYFRAME_CODEC
 
 ADAPTIVE = "adaptive"
 DIGEST_EVERY = 4

@@ -20,7 +20,7 @@ from dite.errors import UsageError, did_you_mean
 
 TOKEN_MODES = ("kv_gather", "ring", "ulysses", "displaced", "pipefusion")
 MODES = ("cfg", *TOKEN_MODES)
-STALE = ("displaced", "pipefusion")
+STALE = ("displaced", "pipefusion")  # ranks compute with what their peers had a step ago: exact with no codec
 _WORD = re.compile(r"([a-z_]+?)([1-9]\d*)?")
 
 
@@ -56,9 +56,7 @@ class Topology:
 
     def ring_groups(self) -> list[list[int]]:
         """The ranks with the same heads of different tokens."""
-        return [
-            list(range(group[0] + offset, group[-1] + 1, self.ulysses)) for group in self.token_groups() for offset in range(self.ulysses)
-        ]
+        return [list(range(group[0] + offset, group[-1] + 1, self.ulysses)) for group in self.token_groups() for offset in range(self.ulysses)]
 
 
 def bounds(count: int, parts: int) -> list[tuple[int, int]]:
@@ -100,7 +98,7 @@ def parse(text: str, degree: int) -> Topology:
         return _both(text, cfg, rest, degrees)
     if len(degrees) > 1:
         raise UsageError(f"mode {text!r} is no product that dite knows", "ulysses+ring, and cfg with any one mode", "use one of those")
-    (mode, wanted), = degrees.items()
+    ((mode, wanted),) = degrees.items()
     if wanted not in (None, rest):
         raise UsageError(f"mode {text!r} doesn't fit {degree} ranks", f"{cfg} × {wanted} = {cfg * wanted}", f"use {cfg * wanted} ranks")
     return Topology(cfg, mode, rest, *((rest, 1) if mode == "ulysses" else (1, rest) if mode == "ring" else (1, 1)))

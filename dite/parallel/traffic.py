@@ -20,14 +20,14 @@ from functools import lru_cache
 
 from dite.errors import UsageError, did_you_mean
 from dite.parallel.document import check_int
-from dite.parallel.rates import HEADER_BYTES, KEYFRAME, parse_codec, payload_bytes
+from dite.parallel.rates import HEADER_BYTES, KEYFRAME_CODEC, parse_codec, payload_bytes
 from dite.parallel.schedule import Schedule
+from dite.parallel.topology import TOKEN_MODES
 from dite.parallel.workload import Workload
 
 ONE_DEVICE = "one_device"
 GATHERED = ("kv_gather", "ring", "displaced")
-STALE = ("displaced", "pipefusion")  # ranks compute with what their peers had a step ago: exact for no codec
-MODES = (ONE_DEVICE, *GATHERED, "ulysses", "pipefusion")
+MODES = (ONE_DEVICE, *TOKEN_MODES)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Layout:
 
     def first(self) -> "Layout":
         """The layout with the codec of keyframes."""
-        return self if self.codec == "none" else replace(self, codec=KEYFRAME, order=0)
+        return self if self.codec == "none" else replace(self, codec=KEYFRAME_CODEC, order=0)
 
     def __str__(self) -> str:
         name = f"{self.mode} {self.codec}" if self.group > 1 else self.mode
@@ -170,7 +170,7 @@ def bytes_per_image(workload: Workload, layout: Layout, steps: int, schedule: Sc
     if layout.mode == "pipefusion":
         raise UsageError("a schedule by layers for pipefusion", "it sends between stages, not in every layer", "give the layout a codec")
     schedule.check(steps, workload.layers)
-    keyframe = step_bytes(workload, replace(layout, codec=KEYFRAME), first=True)
+    keyframe = step_bytes(workload, replace(layout, codec=KEYFRAME_CODEC), first=True)
     other = output_bytes(workload, layout) + branch_bytes(workload, layout)
     sizes = {codec: layer_bytes(workload, replace(layout, codec=codec)) for codec in _codecs(schedule)}
     cells = ((step, layer) for step in range(1, steps) for layer in range(workload.layers))

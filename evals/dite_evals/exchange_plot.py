@@ -92,9 +92,7 @@ class _Panel:
             length = math.hypot(x1 - x0, y1 - y0)
             for piece in range(math.ceil(length / period)):
                 begin, end = piece * period / length, min(1.0, (piece * period + on) / length)
-                self.pen.line(
-                    (x0 + begin * (x1 - x0), y0 + begin * (y1 - y0), x0 + end * (x1 - x0), y0 + end * (y1 - y0)), colour, width * SCALE
-                )
+                self.pen.line((x0 + begin * (x1 - x0), y0 + begin * (y1 - y0), x0 + end * (x1 - x0), y0 + end * (y1 - y0)), colour, width * SCALE)
 
     def _legend(self, drawn: Sequence[tuple[str, str]]) -> None:
         x, y = SCALE * (PANEL[0] - MARGIN[2] + 14), SCALE * (MARGIN[1] + 6)

@@ -70,7 +70,7 @@ def modes(cases):
 
 
 def schedule(codecs):
-    """"none,int4": one codec a step, the last for all that follow."""
+    """ "none,int4": one codec a step, the last for all that follow."""
     first, last = codecs.split(",")[:-1], codecs.split(",")[-1]
     return Schedule.from_rules(last, [Rule(str(step), "*", name) for step, name in enumerate(first)])
 
