@@ -27,7 +27,7 @@ $(BIN)/python:
 # torch alone first: where an index offers a build for CPUs, pip keeps it, and does not fetch gigabytes of CUDA for the sake of a dependency.
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[eval,dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[eval,serve,dev]" -c constraints.txt
 	@touch $@
 
 # For the tests that compile and interpret the GPU kernels. torch for CUDA brings its own triton; builds for CPUs come without.

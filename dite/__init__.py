@@ -2,7 +2,7 @@
 
 Seven verbs and a wrapper, imported when first used, so that `import dite` is cheap:
 
-    quantize   save   load   parallelize   inspect   evaluate   Pipeline
+    quantize   save   load   parallelize   inspect   evaluate   serve   Pipeline
 """
 
 from importlib import import_module
@@ -16,6 +16,7 @@ _HOMES = {
     "load": "dite.checkpoint.load",
     "evaluate": "dite.evaluation",
     "parallelize": "dite.parallel.handle",
+    "serve": "dite.server.listen",
     "Pipeline": "dite.pipeline",
     "DiteConfig": "dite.checkpoint.diffusers_quantizer",
     "DiteError": "dite.errors",

@@ -256,8 +256,8 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def validate(model: type[BaseModel], values: dict[str, Any]):
-    """Build `model` from `values`; its first error becomes a RecipeError with the nearest known key."""
+def validate(model: type[BaseModel], values: dict[str, Any], what: str = "recipe"):
+    """Build `model`, a `what`, from `values`; its first error becomes a RecipeError with the nearest known key."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -265,12 +265,12 @@ def validate(model: type[BaseModel], values: dict[str, Any]):
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, first["loc"][:-1])
-            hint = (
-                did_you_mean(str(first["loc"][-1]), known) or "`dite recipes NAME` prints a recipe with its keys; write them from the top, as a.b.c"
-            )
-            raise RecipeError(f"unknown recipe key {path}", f"known keys there: {', '.join(sorted(known))}", hint) from error
+            hint = did_you_mean(str(first["loc"][-1]), known) or "keys are written from the top, as a.b.c; `dite recipes NAME` prints a recipe's"
+            raise RecipeError(f"unknown {what} key {path}", f"known keys there: {', '.join(sorted(known))}", hint) from error
         message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"recipe key {path} is wrong", f"{message} (got {first['input']!r})", "see `dite recipes` for working examples") from error
+        if not path:  # of all keys together: the values may hold a secret
+            raise RecipeError(f"these {what} keys contradict each other", message) from error
+        raise RecipeError(f"{what} key {path} is wrong", f"{message} (got {first['input']!r})", "see `dite recipes` for working examples") from error
 
 
 def _read(source: str | Path) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def unwrap(pipe: Any) -> Any:
 
 def takes_classes(pipe: Any) -> bool:
     """Whether the pipeline is conditioned on class ids (else on prompts)."""
-    return "class_labels" in _parameters(unwrap(pipe))
+    return "class_labels" in call_parameters(unwrap(pipe))
 
 
 def class_names(pipe: Any) -> dict[int, str]:
@@ -172,23 +172,26 @@ def _sample(
     for number, start in enumerate(starts):
         stop = min(start + rows, len(conditions))
         padded = [min(row, stop - 1) for row in range(start, start + rows)]
-        recorder = _Recorder(rows, keep=trajectory)
+        recorder = Recorder(rows, keep=trajectory)
         if progress:
             recorder.on_step = lambda step, number=number: progress(
                 min(number * settings.num_steps + step, (number + 1) * settings.num_steps), len(starts) * settings.num_steps
             )
-        images = _run(pipe, [conditions[row] for row in padded], [seeds[row] for row in padded], settings, recorder)
+        images = draw(pipe, [conditions[row] for row in padded], [seeds[row] for row in padded], settings, recorder)
         for row, index in enumerate(range(start, stop)):
             steps = [latents[row].clone() for latents in recorder.trajectory] if trajectory else None
             yield Sample(index, seeds[index], conditions[index], images[row], recorder.latents[row].clone(), steps)
 
 
-def _run(pipe: Any, conditions: list[Condition], seeds: list[int], settings: SampleSettings, recorder: _Recorder) -> torch.Tensor:
-    """One micro-batch through the pipeline; images uint8 [B, 3, H, W] on the CPU."""
+def draw(pipe: Any, conditions: list[Condition], seeds: list[int], settings: SampleSettings, recorder: Recorder, **arguments: Any) -> torch.Tensor:
+    """One micro-batch through the pipeline; images uint8 [B, 3, H, W] on the CPU. `arguments` are further ones of the pipeline's own.
+
+    Raises UnsupportedModel and NonFiniteOutput as `sample` does.
+    """
     import torch
 
-    parameters = _parameters(pipe)
-    arguments: dict[str, Any] = {("class_labels" if "class_labels" in parameters else "prompt"): conditions}
+    parameters = call_parameters(pipe)
+    arguments["class_labels" if "class_labels" in parameters else "prompt"] = conditions
     if "guidance_scale" in parameters:
         arguments["guidance_scale"] = settings.guidance
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -215,16 +218,18 @@ def _run(pipe: Any, conditions: list[Condition], seeds: list[int], settings: Sam
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-class _Recorder:
+class Recorder:
     """Keeps the latents that `scheduler.step` returns: the last ones, or all of them.
 
-    With guidance, DiTPipeline doubles the batch before the scheduler: the first `rows` are the samples, the others their shadows.
+    With guidance, DiTPipeline doubles the batch before the scheduler: the first `rows` are the samples, the others their shadows. `preview` is what
+    the scheduler expects the last latents to be, where it says so, else what they are now.
     """
 
     def __init__(self, rows: int, keep: bool):
         self.rows = rows
         self.keep = keep
         self.latents: torch.Tensor | None = None
+        self.preview: torch.Tensor | None = None
         self.trajectory: list[torch.Tensor] = []
         self.steps = 0
         self.on_step: Callable[[int], None] | None = None
@@ -233,6 +238,8 @@ class _Recorder:
         import torch
 
         previous = result[0] if isinstance(result, tuple) else result.prev_sample
+        foreseen = None if isinstance(result, tuple) else getattr(result, "pred_original_sample", None)
+        self.preview = previous if foreseen is None else foreseen
         self.latents = previous[: self.rows].detach().float().cpu()
         self.steps += 1
         finite = torch.isfinite(self.latents).flatten(1).all(1)
@@ -250,7 +257,7 @@ class _Recorder:
 
 
 @contextmanager
-def _recorded(pipe: Any, recorder: _Recorder) -> Iterator[None]:
+def _recorded(pipe: Any, recorder: Recorder) -> Iterator[None]:
     """Wrap `pipe.scheduler.step` on the instance (DiTPipeline offers no callback) and put it back whatever happens."""
     scheduler = pipe.scheduler
     own = vars(scheduler).get("step")
@@ -329,7 +336,8 @@ def _global_generators(pipe: Any) -> list[torch.Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(pipe.device)] if pipe.device.type == "cuda" else [])
 
 
-def _parameters(pipe: Any) -> set[str]:
+def call_parameters(pipe: Any) -> set[str]:
+    """Names of what the pipeline takes when it is called."""
     return set(inspect.signature(type(pipe).__call__).parameters)
 
 

@@ -17,8 +17,6 @@ from dite.quant.linear import QuantLinear, select_backend
 from dite.quant.plan import QuantPlan
 from dite.recipe import load_recipe, recipe_names
 
-NOT_YET = "not in this version of dite"
-
 
 @dataclass(frozen=True)
 class Inspection:
@@ -104,7 +102,7 @@ def _supports(model: Any, refusal: str | None) -> dict[str, dict[str, Any]]:
         "generate": pipeline,
         "evaluate": pipeline,
         **_parallel_supports(model),
-        "serve": {"ok": False, "reason": NOT_YET},
+        "serve": pipeline,
     }
 
 

@@ -33,11 +33,20 @@ class Clock:
     """Counts calls. All ranks call it alike, so that they agree without a word."""
 
     def __init__(self):
-        self.context: str | None = None
+        self._contexts: dict[str, str | None] = {}
         self.told = False  # whether someone calls `restart` at each request's beginning
         self._name = ""
         self._epochs = 0
         self._requests: OrderedDict[str, _Request] = OrderedDict()
+
+    @property
+    def context(self) -> str | None:
+        """The guidance branch that the current request's pipeline has named."""
+        return self._contexts.get(self._name)
+
+    @context.setter
+    def context(self, branch: str | None) -> None:
+        self._contexts[self._name] = branch
 
     def restart(self) -> None:
         """The current request begins (again)."""
@@ -55,6 +64,7 @@ class Clock:
     def finish(self, name: str) -> None:
         """Forget a request."""
         self._requests.pop(name, None)
+        self._contexts.pop(name, None)
 
     def epochs(self) -> set[int]:
         """Of all requests that are remembered."""

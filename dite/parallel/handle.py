@@ -94,7 +94,7 @@ class Parallel:
                 self._runner.install(self._hooks)
             self._hooks.replace(self.model, "forward", self._around)
             self._hooks.mark(self.model, "dite_exchange", {"ranks": topology.world, **asdict(replace(settings, reason=""))})
-            watch(pipe, self.model, self._clock, self._hooks, self._begin)
+            watch(pipe, self.model, self._clock, self._hooks, self.begin)
         except BaseException:
             self._hooks.undo()
             raise
@@ -162,7 +162,8 @@ class Parallel:
         self._clock.restart()
         self._forget()
 
-    def _begin(self, steps: int) -> None:
+    def begin(self, steps: int) -> None:
+        """A request of so many steps begins, as `scheduler.set_timesteps` says. Raises UsageError where a schedule is for another count."""
         if self._schedule is not None:
             self._schedule.check(steps, self._layers())
         self.reset()

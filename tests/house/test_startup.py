@@ -31,11 +31,18 @@ def test_import_dite_loads_nothing_heavy(root):
         ["bench", "linear", "--shapes", "4x4"],
         ["bench", "codec", "--codecs", "int3"],
         ["recipes"],
+        ["serve", "--help"],
+        ["serve", "builtin:cifar10-dit", "--dry-run"],
         ["quantize", "m", "-o", "x", "--recipe", "w4a9"],
     ],
 )
 def test_a_command_that_runs_no_model_loads_nothing_heavy(root, arguments):
     assert loaded_after(f"from dite.cli import main\nmain({arguments})", root) == set()
+
+
+def test_the_servers_http_process_loads_nothing_heavy(root):
+    code = "from dite.server.app import create_app\nfrom dite.server.service import Service\nfrom dite.server.settings import ServerSettings\n"
+    assert loaded_after(f"{code}import dite.server.listen\ncreate_app(Service(ServerSettings(model='m')))", root) == set()
 
 
 def test_the_library_works_where_triton_is_absent(root):

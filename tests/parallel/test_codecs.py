@@ -105,5 +105,5 @@ def test_a_prediction_is_added_on_both_sides_alike(name):
 
 @pytest.mark.parametrize("name", ["int3", "none-1", "lowrank", "lowrank-0", "lowrank-129", "topk-1", "topk-0", "topk-65537", "INT4", ""])
 def test_unknown_names_are_refused_with_the_rule(name):
-    with pytest.raises(UsageError, match="codecs are .*int4|takes an integer from"):
+    with pytest.raises(UsageError, match=r"codecs are .*int4|takes an integer from"):
         codec(name)

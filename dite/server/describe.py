@@ -1,0 +1,109 @@
+"""A rank's model, as the HTTP process needs to know it; its pictures, as clients get them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+import dite
+from dite.errors import UnsupportedModel
+from dite.pictures import to_png
+from dite.sampling import call_parameters, class_ids, takes_classes
+from dite.server.card import ModelCard
+from dite.server.engine import Engine, Failed
+from dite.server.job import ImageRequest
+from dite.server.settings import ServerSettings
+
+ROUNDING = 2e-2  # largest difference of joined calls, relative, that is rounding and no mistake (bfloat16 has 8 bits)
+
+
+def card(pipe: Any, shared: Any = None) -> ModelCard:
+    """What `pipe` draws, in which sizes, and how it is shared out."""
+    known = call_parameters(pipe)
+    classes = takes_classes(pipe)
+    side = _default_side_px(pipe)
+    exchange = None
+    if shared is not None:
+        stats = shared.stats()
+        exchange = {key: stats[key] for key in ("ranks", "mode", "codec", "order", "reason") if key in stats}
+    return ModelCard(
+        pipeline=type(pipe).__name__,
+        reads_text=not classes,
+        classes=dict(getattr(pipe, "labels", {})) if classes else {},
+        class_ids=class_ids(pipe) if classes else [],
+        default_size_px=(side, side),
+        fixed_size="height" not in known,
+        multiple_px=getattr(pipe, "vae_scale_factor", 8) * 2,
+        most_steps=getattr(getattr(pipe.scheduler, "config", None), "num_train_timesteps", 1000),
+        takes_guidance="guidance_scale" in known,
+        takes_negative_prompt="negative_prompt" in known,
+        parameters=sum(one.numel() for one in pipe.transformer.parameters()),
+        exchange=exchange,
+    )
+
+
+def warm_up(engine: Engine, described: ModelCard, settings: ServerSettings) -> None:
+    """Draw one picture in a step, so that kernels are compiled and connections open; and learn whether calls can be joined.
+
+    Raises what drawing raises: a server that can't draw is not ready.
+    """
+    width, height = described.default_size_px
+    first = ImageRequest(
+        condition="a ship" if described.reads_text else described.class_ids[0], n=1, seed=0, steps=1, guidance=2.0, width_px=width, height_px=height
+    )
+    happened = engine.start("warm-up", first)
+    while engine.names:
+        happened += engine.step()
+    failed = next((event for event in happened if isinstance(event, Failed)), None)
+    if failed is not None:
+        raise failed.error
+    if engine.joins and settings.batching != "none" and settings.max_batch > 1 and engine.shared is None:
+        engine.joins = engine.joined_equals_alone(replace(first, steps=2), replace(first, steps=3, seed=1)) <= ROUNDING
+
+
+def encoded(images: torch.Tensor, request: ImageRequest, settings: ServerSettings) -> list[bytes]:
+    """Image files of uint8 [n, 3, H, W]; PNGs carry what is needed to draw them again."""
+    files = []
+    for image, seed in zip(images, request.seeds, strict=True):
+        facts = {"class" if isinstance(request.condition, int) else "prompt": request.condition, "seed": seed, "steps": request.steps}
+        facts |= {"guidance": request.guidance, "model": settings.served_name, "version": dite.__version__}
+        if request.negative_prompt is not None:
+            facts["negative_prompt"] = request.negative_prompt
+        files.append(_file(image, request.output_format, facts))
+    return files
+
+
+def preview(pipe: Any, latents: torch.Tensor, output_format: str) -> list[bytes]:
+    """Pictures of latents that aren't finished; none for latents that only their pipeline knows how to unfold."""
+    if latents.dim() != 4 or getattr(pipe, "vae", None) is None:
+        return []
+    config = pipe.vae.config
+    with torch.no_grad():
+        scaled = latents.to(pipe.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        images = (pipe.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).nan_to_num(0.5).clamp(0, 1)
+    return [_file((image * 255).round().to(torch.uint8).cpu(), output_format, None) for image in images]
+
+
+def _file(image: torch.Tensor, output_format: str, facts: dict[str, Any] | None) -> bytes:
+    if output_format == "png":
+        return to_png(image, facts)
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format=output_format.upper(), quality=95)
+    return buffer.getvalue()
+
+
+def _default_side_px(pipe: Any) -> int:
+    side = getattr(pipe, "default_sample_size", None) or getattr(pipe.transformer.config, "sample_size", None)
+    if not isinstance(side, int):
+        raise UnsupportedModel(f"{type(pipe).__name__} does not say what size it draws", "serve a pipeline whose transformer has a sample_size")
+    return side * _pixels_per_latent(pipe)
+
+
+def _pixels_per_latent(pipe: Any) -> int:
+    if hasattr(pipe, "vae_scale_factor"):
+        return pipe.vae_scale_factor
+    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
