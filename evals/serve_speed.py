@@ -9,6 +9,7 @@ server keeps; latency at multiples of its capacity; continuous against dynamic b
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -45,7 +46,8 @@ class Direct:
 
     def __init__(self, model: str):
         code = DIRECT.format(steps=STEPS, guidance=GUIDANCE)
-        self.process = subprocess.Popen([sys.executable, "-c", code, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        variables = {"GOMP_SPINCOUNT": "10000"} | os.environ  # as the command line sets it
+        self.process = subprocess.Popen([sys.executable, "-c", code, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
 
     def seconds(self, rows: int, pictures: int) -> float:
         assert self.process.stdin is not None and self.process.stdout is not None

@@ -100,7 +100,7 @@ class Routes:
         said = Answer(asked.request, self.settings.served_name, int(time.time()))
         allowed_s = (asked.timeout_s or self.settings.limits.request_timeout_s) + GRACE_S
         if asked.stream:
-            return EventStream(job, Telling(asked, said, trace), allowed_s)
+            return EventStream(job.events(), Telling(asked, said, trace), allowed_s)
         pictures = await unless_left(request.receive, within(allowed_s, job.outcome()))
         return Json(said.to_json(pictures, trace.seconds))
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import dite
 from dite.errors import UnsupportedModel
+from dite.models.inspect import stats
 from dite.pictures import to_png
 from dite.sampling import call_parameters, class_ids, takes_classes
 from dite.server.card import ModelCard
@@ -42,18 +43,20 @@ def card(pipe: Any, shared: Any = None) -> ModelCard:
         takes_guidance="guidance_scale" in known,
         takes_negative_prompt="negative_prompt" in known,
         parameters=sum(one.numel() for one in pipe.transformer.parameters()),
+        backend=_runs_on(pipe),
         exchange=exchange,
     )
 
 
 def warm_up(engine: Engine, described: ModelCard, settings: ServerSettings) -> None:
-    """Draw one picture in a step, so that kernels are compiled and connections open; and learn whether calls can be joined.
+    """Draw one picture, so that kernels are compiled and connections open; and learn whether calls can be joined.
 
-    Raises what drawing raises: a server that can't draw is not ready.
+    In two steps: PixArt's pipeline takes a single one for a distilled model's, and fails with others. Raises what drawing raises: a server that
+    can't draw is not ready.
     """
     width, height = described.default_size_px
     first = ImageRequest(
-        condition="a ship" if described.reads_text else described.class_ids[0], n=1, seed=0, steps=1, guidance=2.0, width_px=width, height_px=height
+        condition="a ship" if described.reads_text else described.class_ids[0], n=1, seed=0, steps=2, guidance=2.0, width_px=width, height_px=height
     )
     happened = engine.start("warm-up", first)
     while engine.names:
@@ -94,6 +97,13 @@ def _file(image: torch.Tensor, output_format: str, facts: dict[str, Any] | None)
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format=output_format.upper(), quality=95)
     return buffer.getvalue()
+
+
+def _runs_on(pipe: Any) -> str:
+    """Widths and backend of quantized layers, else the precision: for people, on the page."""
+    found = stats(pipe)
+    widths, backends = ", ".join(found["layers"]), ", ".join(found["backends"])
+    return f"{widths} on {backends}" if widths else str(pipe.transformer.dtype).removeprefix("torch.")
 
 
 def _default_side_px(pipe: Any) -> int:

@@ -20,6 +20,7 @@ from dite.server.settings import ServerSettings
 
 KEYLESS = frozenset({"/health", "/ready", "/", "/page.js", "/page.css"})  # probes, and a page that holds no secrets
 UNCOUNTED = frozenset({"/health", "/ready", "/metrics"})  # what monitoring itself asks for
+UNLOGGED = UNCOUNTED | {"/v1/status"}  # asked for every few seconds
 PICTURES = "/v1/images/generations"
 
 
@@ -93,6 +94,8 @@ class Edge:
         status = trace.status or 500
         if scope["path"] not in UNCOUNTED:
             self.metrics.request_done(status, trace.seconds if scope["path"] == PICTURES else None)
+        if scope["path"] in UNLOGGED:
+            return
         route: Any = scope.get("route")
         log(
             "request",

@@ -50,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Partial:
-    """A picture before it is finished, `index` counting from 0; encoded."""
+    """Picture `index` of the request, counting from 0, before it is finished; encoded."""
 
     index: int
     image: bytes
@@ -111,7 +111,7 @@ class Job:
         assert isinstance(self.ended, Pictures)
         return self.ended
 
-    def events(self) -> AsyncGenerator[Event]:
+    def events(self) -> AsyncGenerator[Event, None]:
         """Everything from this call on, the last one being `Pictures` or `Problem`."""
         queue: asyncio.Queue[Event] = asyncio.Queue()
         if self.ended is None:
@@ -120,7 +120,7 @@ class Job:
             queue.put_nowait(self.ended)
         return self._heard(queue)
 
-    async def _heard(self, queue: asyncio.Queue[Event]) -> AsyncGenerator[Event]:
+    async def _heard(self, queue: asyncio.Queue[Event]) -> AsyncGenerator[Event, None]:
         try:
             while True:
                 event = await queue.get()

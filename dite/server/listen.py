@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -42,7 +43,16 @@ def run(settings: ServerSettings, started: Started | None = None) -> None:
             f"{error.name} is not installed", "the server needs what the extra `serve` brings", 'pip install "dite[serve]"'
         ) from error
     with bind(settings) as listening:
+        _allow_files(2 * settings.limits.connections + 256)
         asyncio.run(Listening(settings, listening, started).run())
+
+
+def _allow_files(count: int) -> None:
+    """A connection is a file; with too few of them, accepting one fails and nobody is told."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager
@@ -106,7 +116,8 @@ class Listening:
             waiting.cancel()
             server.should_exit = True
             await asyncio.wait({http}, timeout=2 * GRACE_S)
-            error = ranks.exception() if ranks.done() and not ranks.cancelled() else None
+            ended = [task for task in (ranks, http) if task.done() and not task.cancelled()]
+            error = next((task.exception() for task in ended if task.exception() is not None), None)
             ranks.cancel()
             await asyncio.wait({ranks}, timeout=2 * GRACE_S)
             log("stopped", error=None if error is None else str(error))
@@ -148,6 +159,7 @@ def _http(app: Any, service: Any) -> Any:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=int(GRACE_S),
     )
     return Server(config)

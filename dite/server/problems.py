@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -34,7 +35,7 @@ class Problem(Exception):
         """Headers that go with it."""
         headers = {}
         if self.retry_after_s is not None:
-            headers["retry-after"] = str(max(1, round(self.retry_after_s + 0.5)))
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.retry is not None:
             headers["x-should-retry"] = "true" if self.retry else "false"
         if self.status == 401:

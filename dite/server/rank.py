@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from dite.errors import DiteError, NonFiniteOutput
 from dite.server.card import ModelCard
 from dite.server.frames import Channel
 from dite.server.job import ImageRequest
+from dite.server.logs import adopt, failure, log
 from dite.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -165,17 +167,24 @@ class Rank:
         request = self.drawing[event.name].request
         if self.number or event.preview is None or event.step not in _partial_steps(request):
             return
-        for index, picture in enumerate(preview(self.engine.pipe, event.preview, request.output_format)):
-            self._answer({"type": "partial", "job": event.name, "index": index}, picture)
+        with suppress(Exception):  # a decoder that has no memory for a preview may have it for the picture
+            for index, picture in enumerate(preview(self.engine.pipe, event.preview, request.output_format)):
+                self._answer({"type": "partial", "job": event.name, "index": index}, picture)
 
     def _deliver(self, event: Any) -> None:
         from dite.server.describe import encoded
+        from dite.server.engine import Failed
 
         drawn = self.drawing.pop(event.name)
-        if self.number == 0:
+        if self.number:
+            return
+        try:
             pictures = encoded(event.images, drawn.request, self.settings)
-            seconds = time.perf_counter() - drawn.began_s
-            self._answer({"type": "done", "job": event.name, "sizes": [len(one) for one in pictures], "seconds": seconds}, b"".join(pictures))
+        except Exception as error:  # a size that the format can't hold, say
+            self._fail(Failed(event.name, error))
+            return
+        seconds = time.perf_counter() - drawn.began_s
+        self._answer({"type": "done", "job": event.name, "sizes": [len(one) for one in pictures], "seconds": seconds}, b"".join(pictures))
 
     def _fail(self, event: Any) -> None:
         error = event.error
@@ -183,7 +192,7 @@ class Rank:
         lost = self._together and not self._alive()
         if lost and not isinstance(error, NonFiniteOutput):
             raise error  # the ranks have lost each other: start anew, and draw this again
-        told = error.to_dict() if isinstance(error, DiteError) else {"type": type(error).__name__, "what": _first_line(error), "why": "", "try": ""}
+        told = _told(error)
         memory = isinstance(error, MemoryError) or "OutOfMemory" in told["type"] or "not enough memory" in told["what"]
         status = getattr(error, "http_status", 500)
         self._answer({"type": "failed", "job": event.name, "error": told, "status": status, "memory": memory})
@@ -242,8 +251,10 @@ def _unwatched(scheduler: Any) -> Any:
     return copy.deepcopy(copied)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:500]
+def _told(error: Exception) -> dict[str, str]:
+    if isinstance(error, DiteError):
+        return error.to_dict()
+    return {"type": type(error).__name__, "what": (str(error).strip().splitlines() or [""])[0][:500], "why": "", "try": ""}
 
 
 def die_with_parent(parent: int) -> None:
@@ -265,19 +276,24 @@ def main() -> None:
     settings = ServerSettings(**first[0]["settings"])
     rank = Rank(channel, settings, first[0]["rank"])
     threading.Thread(target=rank.beat, daemon=True).start()
+    described = None
     try:
-        channel.send({"type": "ready", "card": rank.load().to_json()})
+        described = rank.load()
+        adopt("diffusers", "transformers")  # their warnings quote prompts: "the following part of your input was truncated"
+        channel.send({"type": "ready", "card": described.to_json()})
         rank.run()
     except EOFError:
         pass
     except Exception as error:
-        told = error.to_dict() if isinstance(error, DiteError) else {"type": type(error).__name__, "what": _first_line(error), "why": "", "try": ""}
+        told = _told(error)
+        if not isinstance(error, DiteError):
+            if described is None:
+                traceback.print_exc()
+            else:  # its words may be a client's
+                told["what"] = told["type"]
+                log("rank_failed", rank=rank.number, **failure(error))
         with suppress(OSError):
             channel.send({"type": "died", "error": told, "exit_code": getattr(error, "exit_code", 1)})
-        if not isinstance(error, DiteError):
-            import traceback
-
-            traceback.print_exc()
         os._exit(1)  # threads of an exchange may still wait for ranks that are gone
     os._exit(0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from dite.server.answers import CLIENT_LEFT, client_left, mistake
 from dite.server.edge import Trace
-from dite.server.job import Event, Job, Pictures
+from dite.server.job import Event, Pictures
 from dite.server.logs import failure, log
 from dite.server.problems import Problem
 
@@ -45,16 +45,16 @@ async def within(seconds: float, work: Coroutine[Any, Any, Result]) -> Result:
 
 
 class EventStream(Response):
-    """A job's events as `text/event-stream`. `told` puts an event into the documents that are sent for it, each with a `type`.
+    """A job's events as `text/event-stream`, which it closes. `told` puts an event into the documents that are sent for it, each with a `type`.
 
     The headers wait for the first event, or for the first pause: a job that fails at once is answered with the status of its failure. Later failures
     are sent as an event `error`, in the shape that OpenAI's clients raise.
     """
 
-    def __init__(self, job: Job, told: Callable[[Event], Iterator[dict[str, Any]]], allowed_s: float):
+    def __init__(self, events: AsyncGenerator[Event, None], told: Callable[[Event], Iterator[dict[str, Any]]], allowed_s: float):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.job, self.told, self.allowed_s = job, told, allowed_s
+        self.events, self.told, self.allowed_s = events, told, allowed_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer. Raises Problem while nothing has been sent."""
@@ -74,7 +74,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _deliver(self, trace: Trace, send: Send) -> None:
-        async with aclosing(with_pauses(self.job.events(), PAUSE_S)) as events:
+        async with aclosing(with_pauses(self.events, PAUSE_S)) as events:
             async for event in events:
                 if isinstance(event, Problem):
                     raise event
@@ -87,7 +87,7 @@ class EventStream(Response):
                     await _say(send, _event(document["type"], document))
 
 
-async def with_pauses(events: AsyncIterator[Event], every_s: float) -> AsyncIterator[Event | None]:
+async def with_pauses(events: AsyncGenerator[Event, None], every_s: float) -> AsyncGenerator[Event | None, None]:
     """A job's events, and None wherever none came for `every_s`.
 
     No event is lost: waiting for one goes on through a pause, where `asyncio.wait_for` would have ended the iterator.

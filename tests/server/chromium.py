@@ -79,7 +79,7 @@ class Chromium:
 
 
 class Tab:
-    """A tab. `complaints` are what its console and its network say went wrong, `requests` every address it asked for."""
+    """A tab. `complaints` are what the console and the network said of the document that is open, `requests` every address that it asked for."""
 
     def __init__(self, channel: WebSocket):
         self._channel, self._last = channel, 0
@@ -103,7 +103,9 @@ class Tab:
 
     def _note(self, message: dict[str, Any]) -> None:
         kind, facts = message.get("method"), message.get("params", {})
-        if kind == "Network.requestWillBeSent":
+        if kind == "Page.frameNavigated" and "parentId" not in facts["frame"]:
+            self.complaints, self.requests = [], []
+        elif kind == "Network.requestWillBeSent":
             self.requests.append(facts["request"]["url"])
         elif kind == "Runtime.exceptionThrown":
             self.complaints.append(facts["exceptionDetails"].get("exception", {}).get("description", "an exception"))
@@ -116,11 +118,6 @@ class Tab:
         """Go there and wait until the document and its scripts are loaded."""
         self.call("Page.navigate", url=address)
         self.wait_for(f"location.href === {json.dumps(address)} && document.readyState === 'complete'")
-
-    def leave(self) -> None:
-        """Go nowhere, and forget what was noted."""
-        self.open("about:blank")
-        self.complaints, self.requests = [], []
 
     def run(self, script: str) -> Any:
         """The value of an expression (of JSON's types), promises awaited."""
@@ -137,7 +134,7 @@ class Tab:
                 return value
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not within {within_s:g} s: {condition}\n{self.run('document.body.innerText')}\n{self.complaints}")
-            time.sleep(0.02)
+            time.sleep(0.03)
 
     def press(self, key: str) -> None:
         """Press a key of KEYS as a person does, on whatever has the focus."""

@@ -38,18 +38,18 @@ def text_card() -> ModelCard:
 
 
 def png(seed: int, width_px: int, height_px: int, clear: float = 1.0) -> bytes:
-    """A picture of 32×32 squares that depends on `seed`: a hill of colour, under noise as long as `clear` is below 1."""
+    """A picture of 16×16 squares that depends on `seed`: a hill of colour, under noise as long as `clear` is below 1."""
     noise = seed * 2654435761 % 2**32
     rows = []
-    for y in range(32):
+    for y in range(16):
         row = []
-        for x in range(32):
-            near = 1 - ((x - seed * 7 % 32) ** 2 + (y - seed * 13 % 32) ** 2) ** 0.5 / 20
+        for x in range(16):
+            near = 1 - ((x - seed * 7 % 16) ** 2 + (y - seed * 13 % 16) ** 2) ** 0.5 / 10
             noise = (noise * 1664525 + 1013904223) % 2**32
-            hill = [80 + 3 * y + 110 * near * (1, 0.4, -0.8)[(channel + seed) % 3] for channel in range(3)]
+            hill = [80 + 6 * y + 110 * near * (1, 0.4, -0.8)[(channel + seed) % 3] for channel in range(3)]
             row.append(bytes(min(255, max(0, int(clear * value + (1 - clear) * (noise >> 8 * at & 255)))) for at, value in enumerate(hill)))
-        rows.append(b"\0" + b"".join(row[32 * x // width_px] for x in range(width_px)))
-    pixels = zlib.compress(b"".join(rows[32 * y // height_px] for y in range(height_px)))
+        rows.append(b"\0" + b"".join(row[16 * x // width_px] for x in range(width_px)))
+    pixels = zlib.compress(b"".join(rows[16 * y // height_px] for y in range(height_px)))
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", width_px, height_px, 8, 2, 0, 0, 0)), (b"IDAT", pixels), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks

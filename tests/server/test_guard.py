@@ -1,6 +1,8 @@
 """Clients that are slow, hostile or gone, on real sockets."""
 
 import contextlib
+import select
+import socket
 import time
 
 import pytest
@@ -9,7 +11,7 @@ from fakes import FakeService, answer_on, counted, ended, is_problem, request_by
 from dite.server import guard
 from dite.server.logs import adopt
 
-QUICK = {"header_timeout_s": 0.4, "body_timeout_s": 0.4, "send_timeout_s": 0.4, "connections": 8}
+QUICK = {"header_timeout_s": 0.3, "body_timeout_s": 0.3, "send_timeout_s": 0.3, "connections": 8}
 GET = b"GET /health HTTP/1.1\r\nhost: test\r\n\r\n"
 
 
@@ -33,24 +35,25 @@ def _nobody_left(request):
         until(lambda: request.getfixturevalue("quick").connections == 0)
 
 
-def dribble(wire, text, pause_s=0.1):
-    """Send byte by byte until the server has had enough."""
+def dribble(wire, text, pause_s=0.05):
+    """Send byte by byte until the server says something."""
     with contextlib.suppress(ConnectionError):
         for byte in text:
+            if select.select([wire], [], [], pause_s)[0]:
+                return
             wire.sendall(bytes([byte]))
-            time.sleep(pause_s)
 
 
 def test_a_connection_that_says_nothing_is_closed(quick):
     with quick.dial() as wire:
         began = time.monotonic()
-        assert ended(wire) and 0.3 < time.monotonic() - began < 3
+        assert ended(wire) and 0.2 < time.monotonic() - began < 3
 
 
 def test_headers_that_never_end_are_refused(quick):
     with quick.dial() as wire:
         began = time.monotonic()
-        dribble(wire, b"GET /hea")
+        dribble(wire, b"GET /health HTTP/1.1\r\nhost: " + b"x" * 60)
         status, headers, body = answer_on(wire)
         assert (status, headers["connection"], is_problem(body)) == (408, "close", True)
         assert ended(wire) and time.monotonic() - began < 3
@@ -59,8 +62,8 @@ def test_headers_that_never_end_are_refused(quick):
 def test_headers_that_never_end_are_refused_on_a_kept_alive_connection_too(quick):
     with quick.dial(GET) as wire:
         assert answer_on(wire)[0] == 200
-        time.sleep(0.6)  # idle for longer than headers may take
-        dribble(wire, b"GET /hea")
+        time.sleep(0.4)  # idle for longer than headers may take
+        dribble(wire, b"GET /health")
         assert answer_on(wire)[0] == 408 and ended(wire)
 
 
@@ -83,7 +86,9 @@ def test_large_headers_are_fine_below_the_limit(quick):
         assert answer_on(wire)[0] == 200
 
 
-@pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\ncontent-length: -1\r\nhost: x\r\n\r\n", b"\0" * 9])
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\ncontent-length: -1\r\nhost: x\r\n\r\n", b"\0" * 9]
+)
 def test_what_is_not_http_is_refused_and_counted(quick, sent):
     before = counted(quick.service, 400)
     with quick.dial(sent) as wire:
@@ -93,19 +98,22 @@ def test_what_is_not_http_is_refused_and_counted(quick, sent):
 
 def test_a_chunk_that_is_no_chunk_is_refused_and_its_request_forgotten(quick):
     headers = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    before = counted(quick.service, 499)
     with quick.dial(headers + b"2\r\n{}\r\n") as wire:
         time.sleep(0.05)
         wire.sendall(b"not hexadecimal\r\n")
         assert answer_on(wire)[0] == 400
+        until(lambda: counted(quick.service, 499) == before + 1)
 
 
-def test_one_connection_too_many_is_told_so_and_finds_a_place_later(quick):
+def test_one_connection_too_many_is_told_so_and_finds_a_place_later(quick, monkeypatch):
+    monkeypatch.setattr(guard, "LINGER_S", 60)  # its end of the connection is closed at once all the same
     with contextlib.ExitStack() as open_:
         for _ in range(8):
             assert answer_on(open_.enter_context(quick.dial(GET)))[0] == 200
         wire = open_.enter_context(quick.dial(GET))
         status, headers, body = answer_on(wire)
-        assert (status, headers["retry-after"], is_problem(body)) == (503, "2", True) and ended(wire)
+        assert status == 503 and int(headers["retry-after"]) >= 1 and is_problem(body) and ended(wire)
     until(lambda: quick.connections == 0)
     with quick.dial(GET) as wire:
         assert answer_on(wire)[0] == 200
@@ -133,7 +141,7 @@ def test_a_body_that_was_refused_is_not_waited_for(quick):
     with quick.dial(request_bytes(content_length="100000000")) as wire:
         assert answer_on(wire)[0] == 413
         began = time.monotonic()
-        dribble(wire, b" " * 20)
+        dribble(wire, b" " * 100)
         assert ended(wire) and time.monotonic() - began < 3
 
 
@@ -159,11 +167,28 @@ def test_a_client_that_reads_nothing_is_dropped(quick, monkeypatch):
         until(lambda: quick.connections == 0, seconds=4)
 
 
+def test_small_answers_are_not_held_back(quick):
+    with quick.dial(GET) as wire:
+        assert answer_on(wire)[0] == 200
+        (connection,) = quick.server.server_state.connections
+        assert connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_client_that_stops_reading_is_dropped(quick, monkeypatch):
+    monkeypatch.setattr(quick.service, "image", b"\0" * 12_000_000)
+    with quick.dial(request_bytes(), receive_buffer_bytes=32_768) as wire:
+        for _ in range(12):
+            wire.recv(32_768)
+            time.sleep(0.04)
+        assert quick.connections == 1
+        until(lambda: quick.connections == 0, seconds=4)
+
+
 def test_a_client_that_reads_slowly_gets_everything(quick, monkeypatch):
     monkeypatch.setattr(quick.service, "image", b"\0" * 12_000_000)
     with quick.dial(request_bytes(), receive_buffer_bytes=32_768) as wire:
         read = 0
-        for _ in range(30):
+        for _ in range(20):
             read += len(wire.recv(32_768))
             time.sleep(0.04)
         while piece := wire.recv(1 << 20):
@@ -179,8 +204,10 @@ def test_a_client_that_leaves_is_seen_to_leave_whatever_it_sent_ahead(quick, mon
     monkeypatch.setattr(quick.service, "script", None)
     headers = {"connection": "upgrade", "upgrade": "h2c"} if upgrade else {}
     count = len(quick.service.jobs)
-    with quick.dial(request_bytes(**headers) + more):
+    with quick.dial(request_bytes(**headers)) as wire:
         until(lambda: len(quick.service.jobs) > count)
+        time.sleep(0.02)
+        wire.sendall(more)
         time.sleep(0.02)
         assert quick.service.held
     until(lambda: not quick.service.held, seconds=2)

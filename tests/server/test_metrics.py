@@ -5,10 +5,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dite.server.metrics import Metrics
 
-NAMES = {
-    *("dite_requests_total", "dite_queue_depth", "dite_queue_wait_seconds_count", "dite_request_seconds_count", "dite_step_seconds_count"),
-    *("dite_images_total", "dite_batch_size_count", "dite_exchange_bytes_total", "dite_rank_restarts_total", "dite_rank_memory_bytes", "dite_rank_pid"),
-}
+COUNTS = ("queue_wait_seconds_count", "request_seconds_count", "step_seconds_count", "batch_size_count")
+TOTALS = ("requests_total", "images_total", "exchange_bytes_total", "rank_restarts_total")
+NAMES = {f"dite_{name}" for name in (*COUNTS, *TOTALS, "queue_depth", "rank_memory_bytes", "rank_pid")}
 
 
 def figures(metrics):

@@ -142,7 +142,11 @@ def test_what_only_streams_can_show_needs_a_stream(field):
 
 def test_an_unknown_field_is_told_the_nearest():
     problem = refused({"prompt": "cat", "guidance": 2})
-    assert (problem.status, problem.code, problem.param) == (400, "unknown_parameter", "guidance") and "did you mean guidance_scale?" in problem.message
+    assert (problem.status, problem.code, problem.param) == (
+        400,
+        "unknown_parameter",
+        "guidance",
+    ) and "did you mean guidance_scale?" in problem.message
     assert len(refused({"prompt": "cat", "z" * 50_000: 2}).message) < 500
 
 
@@ -202,7 +206,11 @@ def test_a_value_is_shown_short_and_in_ascii():
 def test_an_answer_holds_the_pictures_and_how_to_make_them_again():
     document = Answer(REQUEST, "tiny", 1700000000).to_json(DONE, total_s=2.0)
     assert [base64.b64decode(one["b64_json"]) for one in document["data"]] == DONE.images
-    assert {name: document[name] for name in ("created", "output_format", "size")} == {"created": 1700000000, "output_format": "webp", "size": "32x32"}
+    assert {name: document[name] for name in ("created", "output_format", "size")} == {
+        "created": 1700000000,
+        "output_format": "webp",
+        "size": "32x32",
+    }
     facts = document["dite"]
     assert facts["timings"] == {"queue_s": 0.5, "run_s": 1.25, "draw_s": 1.0, "total_s": 2.0} and (facts["attempts"], facts["model"]) == (2, "tiny")
     assert (facts["seed"], facts["seeds"], facts["class_labels"], facts["steps"], facts["guidance"]) == (2**32 - 1, [2**32 - 1, 0], [3], 20, 2.0)

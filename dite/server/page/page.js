@@ -103,6 +103,7 @@ export async function* readEvents(body) {
 
 // ---- Status
 async function poll() {
+  if (page.locked) return;
   try {
     const response = await call("v1/status", { cache: "no-store", signal: AbortSignal.timeout(STATUS_TIMEOUT_MS) });
     showStatus(await response.json());
@@ -111,7 +112,7 @@ async function poll() {
     else showState("gone", error.status ? error.message : NOTICES.gone);
   }
   clearTimeout(page.pollTimer); // another poll may have begun when the tab came back
-  if (!document.hidden && !page.locked) page.pollTimer = setTimeout(poll, POLL_MS);
+  if (!document.hidden) page.pollTimer = setTimeout(poll, POLL_MS);
 }
 
 function showState(state, notice, load = "") {
@@ -131,7 +132,7 @@ function showStatus(status) {
   list("tiles", {
     running,
     waiting: queue.depth,
-    "work ahead": seconds(queue.cost_s),
+    "work ahead": queue.cost_s ? seconds(queue.cost_s) : "none",
     "ranks alive": ranks.length ? `${ranks.filter((rank) => rank.alive).length} of ${ranks.length}` : "none",
     "a step": status.seconds_per_step === null ? "–" : seconds(status.seconds_per_step),
     "pictures drawn": status.images,
@@ -150,7 +151,6 @@ function showStatus(status) {
 }
 
 function askForKey() {
-  clearTimeout(page.pollTimer);
   byId("key-refused").textContent = page.apiKey ? "The server refused this key." : "";
   Object.assign(page, { apiKey: null, locked: true });
   showState("locked", "");
@@ -314,9 +314,9 @@ function keep(result) {
 
 const scaling = (width) => (width < SMALL_PX ? "pixels" : "");
 
-/** Put figures on the stage, for pictures so wide. */
+/** Put figures on the stage, for pictures so wide; 0: none are. */
 function lay(figures, width) {
-  byId("pictures").className = `${figures.length === 1 ? "alone" : ""} ${width > LARGE_PX ? "large" : ""}`;
+  byId("pictures").className = `${width && figures.length === 1 ? "alone" : ""} ${width > LARGE_PX ? "large" : ""}`;
   byId("pictures").replaceChildren(...figures);
 }
 
@@ -378,10 +378,7 @@ byId("key-form").onsubmit = (event) => {
   try { sessionStorage.setItem(KEY, page.apiKey); } catch { /* storage may be forbidden: the key then lives as long as the page */ }
   poll();
 };
-document.addEventListener("visibilitychange", () => {
-  if (document.hidden) clearTimeout(page.pollTimer);
-  else if (!page.locked) poll();
-});
+document.addEventListener("visibilitychange", () => document.hidden || poll());
 
 try { page.apiKey = sessionStorage.getItem(KEY); } catch { /* as above */ }
 poll();
