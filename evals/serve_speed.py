@@ -8,6 +8,8 @@ server keeps; latency at multiples of its capacity; continuous against dynamic b
 
 import argparse
 import asyncio
+import base64
+import io
 import json
 import os
 import random
@@ -20,12 +22,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "evals")]
 
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
 from dite_evals.serve_load import closed, opened  # noqa: E402
-from dite_evals.serving import Server, draw, served  # noqa: E402
+from dite_evals.serving import Answer, Server, draw, served  # noqa: E402
 from dite_kernels.bench.environment import environment  # noqa: E402
 
 STEPS, GUIDANCE, BATCH = 20, 2.0, 8
 SETTINGS = ("--steps", str(STEPS), "--guidance", str(GUIDANCE), "--max-batch", str(BATCH))
+WANTED = ["throughput", "overhead", "latency", "neighbours", "batching"]
 MIXED_STEPS = (10, 20, 50, 100)
 
 DIRECT = """
@@ -150,19 +156,50 @@ def overhead(server: Server, count: int = 40) -> dict[str, Any]:
     }
 
 
+def neighbours(model: str, count: int = 48) -> dict[str, Any]:
+    """Do other requests change a picture? Each drawn among seven others, and alone: levels (of 255) by which they differ at most."""
+    wanted = [
+        fields(number) | {"num_inference_steps": MIXED_STEPS[number % 3], "guidance_scale": (1.0, 2.0, 4.0)[number % 3]} for number in range(count)
+    ]
+
+    async def compare(server: Server) -> list[int]:
+        among: list[bytes] = []
+        for start in range(0, count, BATCH):
+            replies = await asyncio.gather(*(draw(server.address, **one) for one in wanted[start : start + BATCH]))
+            among += [_picture(reply) for reply in replies]
+        alone = [_picture(await draw(server.address, **one)) for one in wanted]
+        return [_largest_difference(*pair) for pair in zip(among, alone, strict=True)]
+
+    found = {"what": f"{count} pictures of unlike steps and guidance, among seven others and alone: largest difference of a pixel, in levels of 255"}
+    for name, flags in {"continuous": (), f"micro_batch {BATCH}": ("--micro-batch", str(BATCH))}.items():
+        with served(model, *SETTINGS, *flags) as server:
+            levels = asyncio.run(compare(server))
+        found[name] = {"most": max(levels), "identical": levels.count(0), "pictures": count}
+    return found
+
+
+def _picture(reply: Answer) -> bytes:
+    return base64.b64decode(reply.json["data"][0]["b64_json"])
+
+
+def _largest_difference(a: bytes, b: bytes) -> int:
+    pixels = [np.asarray(Image.open(io.BytesIO(one))).astype(int) for one in (a, b)]
+    return int(np.abs(pixels[0] - pixels[1]).max())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/serve-speed.json")
     parser.add_argument("--model", default="builtin:cifar10-dit")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", choices=["throughput", "overhead", "latency", "batching"])
+    parser.add_argument("--only", nargs="*", choices=WANTED)
     options = parser.parse_args()
     command = f"python evals/serve_speed.py --out docs/results/{options.out.name} --model {options.model}"
     command += f" --seconds {options.seconds:g} --rounds {options.rounds}"
     document = json.loads(options.out.read_text()) if options.out.exists() and options.only else {}
     document |= {"command": command, "environment": environment(), "model": options.model, "steps": STEPS, "guidance": GUIDANCE}
-    wanted = options.only or ["throughput", "overhead", "latency", "batching"]
+    wanted = options.only or WANTED
 
     def keep(name: str, result: Any) -> None:
         document[name] = result
@@ -178,6 +215,9 @@ def main() -> None:
             print(document["overhead"], flush=True)
         if "latency" in wanted:
             keep("latency", latency(server, options.seconds))
+    if "neighbours" in wanted:
+        keep("neighbours", neighbours(options.model))
+        print(document["neighbours"], flush=True)
     if "batching" in wanted:
         keep("batching", batching(options.model, options.seconds, options.rounds))
         print({name: value for name, value in document["batching"].items() if name != "rounds"}, flush=True)

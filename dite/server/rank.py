@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 PLAN_BYTES = 4096
 HEARTBEAT_S = 0.5
+# CUDA, torch on Windows, torch on Linux, C++, cuBLAS
+MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "alloc_failed")
 PR_SET_PDEATHSIG = 1
 
 
@@ -193,7 +195,7 @@ class Rank:
         if lost and not isinstance(error, NonFiniteOutput):
             raise error  # the ranks have lost each other: start anew, and draw this again
         told = _told(error)
-        memory = isinstance(error, MemoryError) or "OutOfMemory" in told["type"] or "not enough memory" in told["what"]
+        memory = isinstance(error, MemoryError) or any(words in str(error).casefold() for words in MEMORY_WORDS)
         status = getattr(error, "http_status", 500)
         self._answer({"type": "failed", "job": event.name, "error": told, "status": status, "memory": memory})
         if lost:

@@ -23,6 +23,7 @@ from typing import Any
 from dite.parallel.launch import RENDEZVOUS, threads_per_rank
 from dite.server import frames
 from dite.server.card import ModelCard
+from dite.server.logs import failure, log
 from dite.server.settings import ServerSettings
 
 WATCH_S = 0.1
@@ -68,7 +69,10 @@ class Ranks:
         """Start all ranks and wait until they are warm. Raises RanksLost."""
         settings = self.settings.model_dump(mode="json", exclude={"api_key", "host", "port"})
         for number in range(self.settings.nproc):
-            process, reader = await self._spawn(number)
+            try:
+                process, reader = await self._spawn(number)
+            except OSError as error:
+                raise RanksLost(f"rank {number} could not be started: {error.strerror or error}") from error
             self.processes.append(process)
             self._tasks.append(asyncio.create_task(self._listen(process, reader)))
             self._send(process, frames.pack({"type": "configure", "settings": settings, "rank": number}))
@@ -144,6 +148,9 @@ class Ranks:
                     self._on_message(process.number, fields, raw)
         except frames.BadFrame as error:
             said = RanksLost(f"rank {process.number} sent what can't be read: {error}")
+        except Exception as error:  # a mistake of ours: better to start anew than to go on deaf
+            log("mistake", rank=process.number, **failure(error))
+            said = RanksLost(f"what rank {process.number} said could not be used: {type(error).__name__}")
         self._lose(said or RanksLost(f"rank {process.number} ended{_how(process.popen)}"))
 
     async def _watch(self) -> None:

@@ -56,9 +56,10 @@ class Service:
         """Until cancelled. Raises StartFailed or RankLost; whoever waits then is told."""
         try:
             await self.supervisor.run()
-        except DiteError as error:
+        except Exception as error:
             self.state = "failed"
-            self._end_all(Problem(503, "server_failed", f"the server is going down: {error.what}"))
+            reason = error.what if isinstance(error, DiteError) else type(error).__name__
+            self._end_all(Problem(503, "server_failed", f"the server is going down: {reason}"))
             raise
         finally:
             self._ranks = None

@@ -7,8 +7,10 @@ import pytest
 from pipelines import request
 
 from dite.server.card import ModelCard
+from dite.server.frames import pack
 from dite.server.job import Pictures, Progress
 from dite.server.problems import Problem
+from dite.server.ranks import Ranks
 from dite.server.service import Service
 from dite.server.settings import ServerSettings
 
@@ -195,6 +197,18 @@ async def test_ended_jobs_leave_no_timer_behind(service, ranks):
     service.cancel(second)
     ranks.done(first)
     assert service._timers == {}
+
+
+def test_a_message_that_cannot_be_used_restarts_the_ranks_instead_of_going_unheard():
+    async def story():
+        reader = asyncio.StreamReader()
+        reader.feed_data(pack({"type": "steps"}))
+        ranks = Ranks(ServerSettings(model="m"), lambda rank, message, raw: message["seconds"])
+        await ranks._listen(SimpleNamespace(number=0, heard_s=0.0, popen=None), reader)
+        assert "KeyError" in (await asyncio.wait_for(ranks.lost(), 5)).reason
+        await ranks.kill()
+
+    asyncio.run(story())
 
 
 def test_before_the_model_is_loaded_requests_are_told_to_come_back():
