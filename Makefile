@@ -2,6 +2,7 @@
 #
 #   make demo    quantize the built-in model to 4 bits, draw with both, write a report        (a minute, installs aside)
 #   make test    ruff, then pytest                                                            (a few minutes)
+#   make chaos   mistreat servers: kill, stop, flood, starve and confuse them                 (one to three hours)
 #
 # PYTHON=python3.12 chooses the interpreter; PIP_ARGS adds options to pip, for a mirror or a build of torch for your card.
 
@@ -17,7 +18,7 @@ SHELL    := /bin/bash
 MODEL := builtin:cifar10-dit
 SMALL := demo/cifar10-dit-w4a8
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint chaos clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -51,6 +52,11 @@ test: $(READY) $(GATES)
 
 lint: $(READY)
 	$(RUFF)
+
+# Figures of speed among the goals hold on a machine that does nothing else: python evals/serve_faults.py --help
+chaos: $(READY)
+	$(BIN)/python -m pytest -m chaos
+	$(BIN)/python evals/serve_faults.py --full --out docs/results/serve-faults.json
 
 clean:
 	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis

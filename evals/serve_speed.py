@@ -30,6 +30,7 @@ from dite_evals.serving import Answer, Server, draw, served  # noqa: E402
 from dite_kernels.bench.environment import environment  # noqa: E402
 
 STEPS, GUIDANCE, BATCH = 20, 2.0, 8
+THREADS = 1  # for the model: the other core is the server's and the clients'
 SETTINGS = ("--steps", str(STEPS), "--guidance", str(GUIDANCE), "--max-batch", str(BATCH))
 WANTED = ["throughput", "overhead", "latency", "neighbours", "batching"]
 MIXED_STEPS = (10, 20, 50, 100)
@@ -52,7 +53,7 @@ class Direct:
 
     def __init__(self, model: str):
         code = DIRECT.format(steps=STEPS, guidance=GUIDANCE)
-        variables = {"GOMP_SPINCOUNT": "10000"} | os.environ  # as the command line sets it
+        variables = {"GOMP_SPINCOUNT": "10000"} | os.environ | {"OMP_NUM_THREADS": str(THREADS)}  # as the command line sets it
         self.process = subprocess.Popen([sys.executable, "-c", code, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
 
     def seconds(self, rows: int, pictures: int) -> float:
@@ -114,8 +115,8 @@ def batching(model: str, seconds: float, rounds: int) -> dict[str, Any]:
 
     rows = []
     with (
-        served(model, *SETTINGS, "--max-queue", "1000") as continuous,
-        served(model, *SETTINGS, "--max-queue", "1000", "--batching", "dynamic") as dynamic,
+        served(model, *SETTINGS, "--max-queue", "1000", threads=THREADS) as continuous,
+        served(model, *SETTINGS, "--max-queue", "1000", "--batching", "dynamic", threads=THREADS) as dynamic,
     ):
         capacity = asyncio.run(closed(continuous.address, 3 * BATCH, seconds, mixed))
         rate = 0.7 * len(capacity.served) / capacity.seconds
@@ -172,7 +173,7 @@ def neighbours(model: str, count: int = 48) -> dict[str, Any]:
 
     found = {"what": f"{count} pictures of unlike steps and guidance, among seven others and alone: largest difference of a pixel, in levels of 255"}
     for name, flags in {"continuous": (), f"micro_batch {BATCH}": ("--micro-batch", str(BATCH))}.items():
-        with served(model, *SETTINGS, *flags) as server:
+        with served(model, *SETTINGS, *flags, threads=THREADS) as server:
             levels = asyncio.run(compare(server))
         found[name] = {"most": max(levels), "identical": levels.count(0), "pictures": count}
     return found
@@ -198,14 +199,14 @@ def main() -> None:
     command = f"python evals/serve_speed.py --out docs/results/{options.out.name} --model {options.model}"
     command += f" --seconds {options.seconds:g} --rounds {options.rounds}"
     document = json.loads(options.out.read_text()) if options.out.exists() and options.only else {}
-    document |= {"command": command, "environment": environment(), "model": options.model, "steps": STEPS, "guidance": GUIDANCE}
+    document |= {"command": command, "environment": environment(), "model": options.model, "steps": STEPS, "guidance": GUIDANCE, "threads": THREADS}
     wanted = options.only or WANTED
 
     def keep(name: str, result: Any) -> None:
         document[name] = result
         options.out.write_text(json.dumps(document, indent=1) + "\n")
 
-    with served(options.model, *SETTINGS) as server:
+    with served(options.model, *SETTINGS, threads=THREADS) as server:
         keep("ready_s", round(server.ready_s, 2))
         if "throughput" in wanted:
             keep("throughput", throughput(server, options.model, options.seconds, options.rounds))
