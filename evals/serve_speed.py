@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dite_evals.serve_load import closed, opened  # noqa: E402
-from dite_evals.serving import Answer, Server, draw, served  # noqa: E402
+from dite_evals.serving import Answer, Server, call, draw, served  # noqa: E402
 from dite_kernels.bench.environment import environment  # noqa: E402
 
 STEPS, GUIDANCE, BATCH = 20, 2.0, 8
@@ -78,8 +78,8 @@ def throughput(server: Server, model: str, seconds: float, rounds: int) -> dict[
         direct.seconds(1, 2), direct.seconds(BATCH, BATCH)
         for _ in range(rounds):
             one, batch = 1 / direct.seconds(1, 8), 1 / direct.seconds(BATCH, 4 * BATCH)
-            load = asyncio.run(closed(server.address, 3 * BATCH, seconds / 2, fields))
-            rows.append({"one_by_one": one, "batches": batch, "server": len(load.served) / load.seconds, "requests": len(load.answers)})
+            load = asyncio.run(closed(server.address, 2 * BATCH, seconds, fields))
+            rows.append({"one_by_one": one, "batches": batch, "server": load.steady, "requests": len(load.answers)})
     finally:
         direct.close()
     gain = statistics.median(row["batches"] / row["one_by_one"] for row in rows)
@@ -97,8 +97,8 @@ def latency(server: Server, seconds: float) -> list[dict[str, Any]]:
     """Open loop at multiples of the capacity that is measured just before."""
     rows = []
     for multiple in (0.5, 1, 2, 4):
-        load = asyncio.run(closed(server.address, 3 * BATCH, seconds / 2, fields))
-        capacity = len(load.served) / load.seconds
+        load = asyncio.run(closed(server.address, 2 * BATCH, seconds, fields))
+        capacity = load.steady
         loaded = asyncio.run(opened(server.address, multiple * capacity, seconds, fields, seed=int(multiple * 2)))
         rows.append({"load": multiple, "capacity": capacity, **loaded.row()})
         print(rows[-1], flush=True)
@@ -118,8 +118,7 @@ def batching(model: str, seconds: float, rounds: int) -> dict[str, Any]:
         served(model, *SETTINGS, "--max-queue", "1000", threads=THREADS) as continuous,
         served(model, *SETTINGS, "--max-queue", "1000", "--batching", "dynamic", threads=THREADS) as dynamic,
     ):
-        capacity = asyncio.run(closed(continuous.address, 3 * BATCH, seconds, mixed))
-        rate = 0.7 * len(capacity.served) / capacity.seconds
+        rate = 0.7 * asyncio.run(closed(continuous.address, 2 * BATCH, 2 * seconds, mixed)).steady
         for turn in range(rounds):
             pair = {}
             for name, server in (("continuous", continuous), ("dynamic", dynamic)):
@@ -143,16 +142,21 @@ def _ratio(rows: list[dict[str, Any]], what: str, which: str) -> float:
 def overhead(server: Server, count: int = 40) -> dict[str, Any]:
     """What a client waits beyond the drawing itself, one request at a time."""
 
-    async def measure() -> list[float]:
-        answers = [await draw(server.address, **fields(number)) for number in range(count)]
-        return [(one.seconds - one.json["dite"]["timings"]["draw_s"]) * 1e3 for one in answers]
+    async def measure() -> tuple[list[float], list[float]]:
+        extra, probes = [], []
+        for number in range(count):
+            reply = await draw(server.address, **fields(number))
+            extra.append((reply.seconds - reply.json["dite"]["timings"]["draw_s"]) * 1e3)
+            probes.append((await call(server.address, "GET", "/health")).seconds * 1e3)
+        return extra, probes
 
-    extra = asyncio.run(measure())
+    extra, probes = asyncio.run(measure())
     quantiles = statistics.quantiles(extra, n=20)
     return {
         "what": "milliseconds between a client's request and its reply beyond the drawing",
         "p50": statistics.median(extra),
         "p95": quantiles[18],
+        "health_p50": statistics.median(probes),  # what this machine takes for a request that does nothing
         "goal": "under 5",
     }
 

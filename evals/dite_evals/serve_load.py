@@ -24,6 +24,7 @@ class Load:
 
     answers: list[Answer]
     seconds: float
+    steady: float = 0.0  # closed loops: pictures a second while all clients were busy, neither the first of each nor those after the end counted
 
     @property
     def served(self) -> list[Answer]:
@@ -58,14 +59,19 @@ async def closed(address: Address, clients: int, seconds: float, fields: Fields)
     """`clients` that each send their next request when the last one is answered, for so long."""
     began, answers, number = time.perf_counter(), [], 0
 
+    done: list[float] = []
+
     async def client() -> None:
         nonlocal number
         while time.perf_counter() - began < seconds:
             number += 1
             answers.append(await draw(address, **fields(number)))
+            done.append(time.perf_counter() - began)
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    return Load(answers, time.perf_counter() - began)
+    busy = [at for at in sorted(done)[clients:] if at <= seconds]
+    steady = (len(busy) - 1) / (busy[-1] - busy[0]) if len(busy) > 2 and busy[-1] > busy[0] else len(done) / done[-1]
+    return Load(answers, time.perf_counter() - began, steady)
 
 
 async def opened(address: Address, rate: float, seconds: float, fields: Fields, seed: int = 0) -> Load:
