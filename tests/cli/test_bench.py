@@ -187,7 +187,7 @@ def test_exchange_starts_its_ranks_and_tells_what_each_mode_took(run, model_fold
         (("x", "--tokens", 16), "--tokens and --layers are for --size"),
         (("x", "--links", "10mbit"), "no link '10mbit'"),
         (("x", "--modes", "rings"), "no mode 'rings'"),
-        (("x", "--codecs", "int3"), "no codec 'int3'"),
+        (("x", "--codecs", "int3"), "no codec named 'int3'"),
         (("x", "--modes", "ulysses3", "--nproc", 2), "doesn't fit 2 ranks"),
     ],
 )
