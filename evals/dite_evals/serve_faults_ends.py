@@ -19,7 +19,7 @@ from dite_evals.serving import READY_S, Answer, Server, alive, call, children, d
 THREADS = 1  # of a rank
 CLIENTS = 12
 BUSY = ("--max-batch", "4", "--max-queue", "8")
-END_S = 60.0
+END_S = 150.0  # ranks that have died just before are started once more
 
 
 @dataclass
@@ -47,13 +47,14 @@ class Crowd:
 
 
 async def told_to_stop(count: int, model: str) -> dict[str, Any]:
-    """SIGTERM under load, `count` times."""
+    """SIGTERM under load, `count` times; every fifth time a rank was killed a moment before."""
     tally, unready_s, ended_s, codes, orphans, turned_away = Tally(), [], [], [], 0, 0
     for number in range(count):
         with served(model, *BUSY, threads=THREADS) as server:
-            one = await stop_of(server, random.Random(number).uniform(0.2, 1.5), tally)
-        unready_s.append(one.unready_s)
-        ended_s.append(one.ended_s)
+            one = await stop_of(server, random.Random(number).uniform(0.2, 1.5), tally, killed=number % 5 == 4)
+        if number % 5 != 4:  # else it has said so before
+            unready_s.append(one.unready_s)
+            ended_s.append(one.ended_s)
         codes.append(one.exit_code)
         orphans += one.orphans
         turned_away += one.turned_away
@@ -89,11 +90,13 @@ class Stopped:
     turned_away: int
 
 
-async def stop_of(server: Server, after_s: float, tally: Tally) -> Stopped:
-    """SIGTERM to a server under load; replies are counted in `tally`."""
+async def stop_of(server: Server, after_s: float, tally: Tally, killed: bool = False) -> Stopped:
+    """SIGTERM to a server under load, one of whose ranks has just been `killed`; replies are counted in `tally`."""
     pids, crowd = [*await server.rank_pids(), *children(server.process.pid)], Crowd(server)
     running = asyncio.create_task(crowd.run())
     await asyncio.sleep(after_s)
+    if killed:
+        os.kill(pids[0], signal.SIGKILL)
     server.process.send_signal(signal.SIGTERM)
     signalled_s = time.monotonic()
     unready_s = await until(lambda: _says_503(server), 10)

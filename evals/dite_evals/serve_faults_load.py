@@ -108,7 +108,7 @@ async def _images(server: Server) -> int:
     return (await server.status())["images"]
 
 
-ROUNDS, HEALTHY = 6, 60  # rounds, and requests of good clients in each half of one
+ROUNDS, HEALTHY = 5, 40  # rounds, and requests of good clients in each half of one
 SETTLED_S = 2.0
 
 
