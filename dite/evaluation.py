@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dite.errors import UsageError
+from dite.errors import UsageError, did_you_mean
 from dite.parallel.launch import environment_ranks
 
 if TYPE_CHECKING:
@@ -157,12 +157,11 @@ def _fidelity(job: _Job, settings: FidelityProtocol, baseline: Any) -> dict[str,
 
 def _fid(job: _Job, settings: FidProtocol) -> dict[str, Any]:
     from dite.models.load import resolve
-    from dite_evals.extractors import load_classifier
     from dite_evals.fid import check_count, compute_fid
     from dite_evals.statistics import read_statistics
 
     check_count(settings.n)
-    extractor = load_classifier(resolve(settings.extractor))
+    extractor = open_extractor(settings.extractor, settings.weights, settings.resize)
     path = Path(settings.statistics)
     statistics = read_statistics(path if path.is_file() else Path(resolve(settings.statistics)) / "statistics.safetensors")
     statistics.require(extractor)
@@ -187,6 +186,20 @@ def _fid(job: _Job, settings: FidProtocol) -> dict[str, Any]:
             "images": images,
         },
     )
+
+
+def open_extractor(name: str, weights: str | Path | None = None, resize: str | None = None) -> Any:
+    """The `dite_evals.extractors.Extractor` that `inception`, `dinov2`, `clip`, a folder or `builtin:NAME` stands for.
+
+    Raises UsageError for an unknown name and for missing weights, CheckpointError for damaged ones, UnsupportedEnvironment.
+    """
+    from dite.models.load import resolve
+    from dite_evals.extractors import NAMED, load_extractor
+
+    if name in NAMED or Path(name).exists() or name.startswith("builtin:"):
+        return load_extractor(name if name in NAMED else str(resolve(name)), weights, resize)
+    hint = did_you_mean(name, NAMED) or "for example builtin:cifar10-dit"
+    raise UsageError(f"no extractor {name}", f"it is neither {', '.join(NAMED)}, nor a folder, nor builtin:NAME", hint)
 
 
 def _fid_images(job: _Job, settings: FidProtocol, pipe: Any) -> Any:
@@ -274,6 +287,7 @@ def _configuration(job: _Job, pipe: Any) -> dict[str, Any]:
 
     recipe = recipe_of(the_denoiser(pipe))
     left_out = {"description", "kind", "name", "dtype"} | ({"prompts"} if takes_classes(pipe) else set())
+    left_out |= {key for key in ("weights", "resize") if getattr(job.settings, key, None) is None}  # of an extractor that brings its own
     return {
         "model": source_name(job.model),
         "model_sha256": model_digest(pipe),

@@ -1,7 +1,9 @@
-"""`dite eval fidelity | fid | compare`: image quality in numbers, with a report and a gate."""
+"""`dite eval fidelity | fid | compare | stats`: image quality in numbers, with a report and a gate; and what an FID is measured against."""
 
 from __future__ import annotations
 
+import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,9 @@ import dite
 from dite.cli import options
 from dite.cli.gate import Gate, check_gates, parse_gates
 from dite.cli.output import Answer, progress
-from dite.evaluation import FID_KEYS, FIDELITY_KEYS
+from dite.errors import OutputExists, UsageError
+from dite.evaluation import FID_KEYS, FIDELITY_KEYS, open_extractor
+from dite.outputs import check_writable
 
 app = typer.Typer(help="Measure image quality: paired with the original (fidelity), or against a data set (fid).", no_args_is_help=True)
 
@@ -35,6 +39,17 @@ Output = Annotated[
 FailIf = Annotated[
     list[str] | None, typer.Option("--fail-if", metavar="EXPR", help="Exit with code 4 if this holds, as 'psnr.mean<30' or 'fid>12'. Repeatable.")
 ]
+
+
+class Resize(StrEnum):
+    """How an extractor brings images to its own size."""
+
+    clean = "clean"
+    legacy = "legacy"
+    none = "none"
+
+
+STATISTICS = (".safetensors", ".npz")
 
 
 @app.command()
@@ -106,6 +121,99 @@ def compare(
     comparison = compare_reports(first, second)
     lines = [f"{row['metric']:24} {row['a']:12.5g} {row['b']:12.5g} {row['difference']:+12.4g}" for row in comparison["rows"]]
     return Answer(comparison, "\n".join([f"{'':24} {'A':>12} {'B':>12} {'B - A':>12}", *lines, comparison["verdict"]]).rstrip())
+
+
+@app.command()
+def stats(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Images: a folder, parquet in Hugging Face's layout, an .npz. Or statistics: an .npz of ADM or clean-fid, a .safetensors of dite.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Statistics to write: .safetensors for dite, .npz for ADM's and clean-fid's tools.",
+            show_default=False,
+        ),
+    ],
+    extractor: Annotated[
+        str | None,
+        typer.Option(
+            "--extractor",
+            metavar="NAME|FOLDER",
+            help="inception, dinov2 or clip (with --weights); or a folder or builtin:NAME with a classifier. For an import also the id of one.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", metavar="PATH", help="Inception's .safetensors, or the transformers folder of dinov2 or clip.", show_default=False),
+    ] = None,
+    resize: Annotated[
+        Resize | None,
+        typer.Option("--resize", help="How the extractor resizes; inception legacy and the others clean unless given.", show_default=False),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", metavar="PX", help="Take the middle square of each image at this size first.", min=1, show_default=False),
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Which split of a parquet folder.", show_default=False)] = None,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n", help="Images, evenly spaced over the source; all unless given. Of an import: how many it was.", min=2, show_default=False
+        ),
+    ] = None,
+    keep_features: Annotated[
+        int, typer.Option("--keep-features", metavar="K", help="Store the features of K images too, for KID, precision and recall.", min=0)
+    ] = 0,
+    overwrite: options.Overwrite = False,
+    device: options.Device = "cpu",
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    no_progress: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> Answer:
+    """Reference statistics of a data set under one extractor: computed from images, imported, or exported."""
+    start = time.perf_counter()
+    _check_statistics_file(output, overwrite, keep_features)
+    from dite.models.load import parse_device
+    from dite_evals.collect import EXTRACTOR_ID, Wanted, collect, plan
+    from dite_evals.statistics import write_statistics
+    from dite_evals.statistics_npz import write_npz
+
+    parse_device(device)
+    named = extractor is None or (weights is None and EXTRACTOR_ID.fullmatch(extractor))
+    chosen = extractor if named else open_extractor(extractor, weights, resize and resize.value)
+    wanted = Wanted(split, n, image_size, keep_features)
+    if dry_run:
+        return _facts(plan(source, chosen, wanted) | {"output": str(output)})
+    with progress(no_progress) as tick:
+        statistics = collect(source, chosen, wanted, tick, device)
+    (write_npz if output.suffix == ".npz" else write_statistics)(output, statistics)
+    return _facts(statistics.facts() | {"output": str(output), "seconds": time.perf_counter() - start})
+
+
+def _facts(document: dict[str, Any]) -> Answer:
+    return Answer(document, "\n".join(f"{key:13}  {value}" for key, value in document.items()))
+
+
+def _check_statistics_file(output: Path, overwrite: bool, keep_features: int) -> None:
+    """Before any work: the file's kind is known and can hold what is asked, it may be written, and it replaces nothing unasked."""
+    if output.suffix not in STATISTICS:
+        raise UsageError(f"unknown kind of statistics {output.name}", f"known: {', '.join(STATISTICS)}", f"-o {output.stem or 'stats'}.safetensors")
+    if output.suffix == ".npz" and keep_features:
+        raise UsageError("an .npz keeps no features", f"{keep_features} are to be kept, and ADM's layout has no place for them", "use .safetensors")
+    if output.exists() and not overwrite:
+        raise OutputExists(f"{output} exists", "it may have taken hours", "use --overwrite, or another -o")
+    check_writable(output.parent)
 
 
 def _measure(

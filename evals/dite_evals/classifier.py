@@ -35,7 +35,12 @@ class SmallClassifier(nn.Module):
         return x.mean((2, 3)).float()
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self(images).to(self.head.weight.dtype))
+        return self.outputs(images)["logits"]
+
+    def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`features`, and the class scores as `logits`."""
+        features = self(images)
+        return {"features": features, "logits": self.head(features.to(self.head.weight.dtype))}
 
 
 class _Stage(nn.Module):

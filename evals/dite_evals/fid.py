@@ -5,13 +5,15 @@ FID is biased: it falls like FID∞ + c / N, with a c that depends on the model 
     FID∞      line through FID against k/N for k = 1..5: the samples are cut into k blocks, FID_k is the mean over the k blocks
     interval  delete-a-group jackknife: FID ± t · √((G−1)/G · Σ (FID₋g − mean)²), G groups; 95%
 
-Blocks are contiguous, so that classes assigned in turn stay balanced inside each. The naive bootstrap is no alternative: repeated samples
+`estimate_fid` gives the same as an `Estimate`, whose `corrected` is another FID∞, from the jackknife; `fid_infinity.py` puts an interval around the
+line's. Blocks are contiguous, so that classes assigned in turn stay balanced inside each. The naive bootstrap is no alternative: repeated samples
 shrink the covariance, and its interval need not even contain the estimate. N samples, F features.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +22,13 @@ from torch import nn
 from dite.errors import DiteError, UsageError
 from dite_evals.backend import torchmetrics
 from dite_evals.extractors import Extractor
+from dite_evals.features import Features, as_features, check_rank, group_slices
 from dite_evals.fidelity import student_t
-from dite_evals.frechet import Moments, Reference, frechet_distance, moments, threads_for
+from dite_evals.frechet import Moments, Reference, Sums, frechet_distance, moments, threads_for
+from dite_evals.intervals import LEVEL, Estimate, jackknife
 from dite_evals.statistics import Statistics, inject_
 
 MIN_SAMPLES = 10
-GROUPS = 20
 SIZES = 5
 AGREEMENT = 1e-3
 
@@ -75,6 +78,28 @@ def compute_fid(features: torch.Tensor, extractor: Extractor, statistics: Statis
     return FidResult(value, len(features), jackknife_interval(features, reference, value), extrapolate(curve), curve)
 
 
+def estimate_fid(features: Features, reference: Moments | Reference, *, force: bool = False, level: float = LEVEL) -> Estimate:
+    """FID of features [N, F] against reference moments, as an `Estimate`: for `difference`, `corrected`, and other levels.
+
+    The same value and error as `compute_fid`'s. Needs more samples than features, on both sides, unless `force`; N at least 10.
+    """
+    x, against = both_sides(features, reference)
+    check_count(len(x))
+    check_rank(len(x), x.shape[1], force)
+    check_rank(against.moments.n, x.shape[1], force, "reference samples")
+    return jackknife(against.distance(moments(x)), distances_without(x, against), len(x), level, bounds=(0.0, math.inf))
+
+
+def both_sides(features: Features, reference: Moments | Reference) -> tuple[torch.Tensor, Reference]:
+    """fp64 [N, F] and a reference of the same F on one device. Raises UsageError for two widths or no feature vectors, DiteError for NaN."""
+    x = as_features(features)
+    num_features = len(reference.mu if isinstance(reference, Moments) else reference.moments.mu)
+    if x.shape[1] != num_features:
+        raise UsageError("features don't match", f"{x.shape[1]} features against {num_features}", "use one extractor for both sides")
+    against = Reference(reference) if isinstance(reference, Moments) else reference
+    return x.to(against.moments.mu.device), against
+
+
 def check_count(n: int) -> None:
     """Raise UsageError when `n` samples are too few for an FID with interval and limit."""
     if n < MIN_SAMPLES:
@@ -97,14 +122,18 @@ def torchmetrics_fid(features: torch.Tensor, reference: Moments) -> float:
 
 def jackknife_interval(features: torch.Tensor, reference: Reference, value: float) -> tuple[float, float]:
     """95% interval around `value`, the FID of all `features`: leaves out each of up to 20 groups in turn. Its lower end is at least 0."""
-    groups = features.double().tensor_split(min(GROUPS, len(features) // 2))
-    parts = [_Sums.of(group, reference.moments.mu) for group in groups]
-    total = sum(parts[1:], parts[0])
-    without = torch.tensor([reference.distance((total - part).moments(reference.moments.mu)) for part in parts], dtype=torch.float64)
-    count = len(parts)
+    without = distances_without(features, reference)
+    count = len(without)
     error = math.sqrt((count - 1) / count * (without - without.mean()).square().sum().item())
     half = student_t(count - 1) * error
     return max(0.0, value - half), value + half
+
+
+def distances_without(features: torch.Tensor, reference: Reference) -> torch.Tensor:
+    """FID of features [N, F] without each of up to 20 groups in turn, fp64 [G]."""
+    parts = [Sums.of(features[group].double(), reference.moments.mu) for group in group_slices(len(features))]
+    total = sum(parts[1:], parts[0])
+    return torch.tensor([reference.distance((total - part).moments(reference.moments.mu)) for part in parts], dtype=torch.float64)
 
 
 def size_curve(features: torch.Tensor, reference: Reference) -> list[tuple[int, float]]:
@@ -117,36 +146,12 @@ def size_curve(features: torch.Tensor, reference: Reference) -> list[tuple[int, 
     return curve
 
 
-def extrapolate(curve: list[tuple[int, float]]) -> float:
+def extrapolate(curve: Sequence[tuple[float, float]]) -> float:
     """Intercept at 1/N = 0 of the least-squares line through (1/N, FID). May be negative for few samples."""
     x = torch.tensor([1 / size for size, _ in curve], dtype=torch.float64)
     y = torch.tensor([value for _, value in curve], dtype=torch.float64)
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     return (y.mean() - slope * x.mean()).item()
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """Sums of x − origin and of their outer products: groups can be added and taken away. The shift keeps the cancellation small."""
-
-    first: torch.Tensor
-    second: torch.Tensor
-    n: int
-
-    @staticmethod
-    def of(features: torch.Tensor, origin: torch.Tensor) -> _Sums:
-        x = features - origin
-        return _Sums(x.sum(0), x.T @ x, len(x))
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(self.first + other.first, self.second + other.second, self.n + other.n)
-
-    def __sub__(self, other: _Sums) -> _Sums:
-        return _Sums(self.first - other.first, self.second - other.second, self.n - other.n)
-
-    def moments(self, origin: torch.Tensor) -> Moments:
-        mean = self.first / self.n
-        return Moments(origin + mean, (self.second - self.n * torch.outer(mean, mean)) / (self.n - 1), self.n)
 
 
 class _AsIs(nn.Module):

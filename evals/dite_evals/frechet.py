@@ -39,6 +39,30 @@ def moments(features: torch.Tensor) -> Moments:
     return Moments(mu, centred.T @ centred / (len(x) - 1), len(x))
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Sums of x − origin and of their outer products: groups can be added and taken away. The shift keeps the cancellation small."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    n: int
+
+    @staticmethod
+    def of(features: torch.Tensor, origin: torch.Tensor) -> Sums:
+        x = features - origin
+        return Sums(x.sum(0), x.T @ x, len(x))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.first + other.first, self.second + other.second, self.n + other.n)
+
+    def __sub__(self, other: Sums) -> Sums:
+        return Sums(self.first - other.first, self.second - other.second, self.n - other.n)
+
+    def moments(self, origin: torch.Tensor) -> Moments:
+        mean = self.first / self.n
+        return Moments(origin + mean, (self.second - self.n * torch.outer(mean, mean)) / (self.n - 1), self.n)
+
+
 class Reference:
     """A fixed side of many distances: its matrix square root is computed once."""
 

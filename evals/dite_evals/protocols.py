@@ -41,11 +41,14 @@ class FidelityProtocol(_Protocol):
 
 
 class FidProtocol(_Protocol):
-    """Distance to a data set. `extractor` and `statistics`: a folder or `builtin:NAME`; `statistics` also a file."""
+    """Distance to a data set. `extractor`: `inception`, `dinov2` or `clip` with its `weights` and `resize`, or a folder or `builtin:NAME` with a
+    classifier. `statistics`: a file, or such a folder."""
 
     kind: Literal["fid"]
     extractor: str
     statistics: str
+    weights: str | None = None
+    resize: Literal["clean", "legacy", "none"] | None = None
 
 
 Protocol = FidelityProtocol | FidProtocol

@@ -1,13 +1,19 @@
 """Reference statistics: the moments of a data set's features, so that nobody needs the data to compute an FID.
 
 A safetensors file with `mu` fp64 [F] and `sigma` fp64 [F, F] (unbiased), and as metadata the number of images, the extractor's id, and the
-name and hash of the data. Comparing features of two different extractors is an error, never a number.
+name and hash of the data. Comparing features of two different extractors is an error, never a number. Two things may be added:
+
+    mu_spatial, sigma_spatial    the same of the extractor's spatial features, for sFID
+    features                     fp32 [K, F] of K images, for what needs more than moments: KID, precision and recall
+
+`statistics_npz` reads and writes those of ADM and clean-fid.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +24,23 @@ from safetensors.torch import save_file
 
 from dite.errors import CheckpointError, UsageError
 from dite_evals.extractors import Extractor
-from dite_evals.frechet import Moments, moments, threads_for
+from dite_evals.frechet import Moments, Sums, threads_for
 
 FORMAT = "dite-statistics-1"
+SPATIAL = {"mu_spatial", "sigma_spatial"}
+HINT = "write it again with dite_evals.statistics.write_statistics"
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of a data set under one extractor."""
+    """Moments of a data set under one extractor; `spatial` and `features` where they were kept."""
 
     moments: Moments
     extractor_id: str
     data_name: str
     data_sha256: str
+    spatial: Moments | None = None
+    features: torch.Tensor | None = None
 
     def require(self, extractor: Extractor) -> None:
         """Raise UsageError unless these statistics were computed with `extractor`."""
@@ -41,17 +51,102 @@ class Statistics:
                 "compute the statistics again with this extractor, or use the extractor of the protocol",
             )
 
+    def facts(self) -> dict[str, Any]:
+        """What they are of, without the numbers themselves."""
+        return {
+            "n": self.moments.n,
+            "extractor": self.extractor_id,
+            "data": self.data_name,
+            "data_sha256": self.data_sha256,
+            "num_features": len(self.moments.mu),
+            "num_spatial": 0 if self.spatial is None else len(self.spatial.mu),
+            "kept_features": 0 if self.features is None else len(self.features),
+        }
 
-def compute_statistics(extractor: Extractor, images: torch.Tensor, data_name: str, device: torch.device | str = "cpu") -> Statistics:
-    """Statistics of `images` uint8 [N, 3, H, W], N at least 2."""
-    return Statistics(moments(extractor.extract(images, device)), extractor.id, data_name, images_sha256(images))
+
+@dataclass(frozen=True)
+class ImageSet:
+    """`n` images under a `name`, in batches uint8 [B, 3, H, W] of an extractor's `batch_size`, the last one smaller."""
+
+    name: str
+    n: int
+    batches: Iterable[torch.Tensor]
+
+
+def compute_statistics(extractor: Extractor, images: torch.Tensor, data_name: str, device: torch.device | str = "cpu", keep: int = 0) -> Statistics:
+    """Statistics of `images` uint8 [N, 3, H, W], N at least 2. The features of `keep` of them, evenly spaced, are kept."""
+    return gather_statistics(extractor, ImageSet(data_name, len(images), images.split(extractor.batch_size)), device, keep)
+
+
+def gather_statistics(extractor: Extractor, images: ImageSet, device: torch.device | str = "cpu", keep: int = 0) -> Statistics:
+    """The same of more images than fit in memory: only the moments, and the features to keep, stay there."""
+    n = images.n
+    if n < 2:
+        raise UsageError("too few images for a covariance", f"{n} given, at least 2 are needed", "raise n")
+    if not 0 <= keep <= n:
+        raise UsageError("so many features can't be kept", f"{keep} are to be kept of {n} images", f"keep 0 to {n}")
+    hashed = _Hashed(images.batches, n)
+    sums, spatial = RunningMoments(), RunningMoments()
+    kept: list[torch.Tensor] = []
+    wanted = {index * n // keep for index in range(keep)}
+    for found in extractor.outputs(hashed, device):
+        kept += [row.clone() for index, row in enumerate(found["features"], sums.n) if index in wanted]
+        sums.add(found["features"])
+        if "spatial" in found:
+            spatial.add(found["spatial"])
+    assert sums.n == n, f"{n} images were announced, {sums.n} came"
+    features = torch.stack(kept) if kept else None
+    return Statistics(sums.moments(), extractor.id, images.name, hashed.hexdigest(), spatial.moments(), features)
+
+
+class RunningMoments:
+    """Moments of feature vectors that come in batches, summed in order, in fp64, around the mean of the first batch."""
+
+    def __init__(self) -> None:
+        self.sums: Sums | None = None
+        self.origin: torch.Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return self.sums.n if self.sums else 0
+
+    def add(self, features: torch.Tensor) -> None:
+        """Take features [B, F]."""
+        x = features.double()
+        if self.sums is None:
+            self.origin = x.mean(0)
+            self.sums = Sums.of(x, self.origin)
+        else:
+            self.sums = self.sums + Sums.of(x, self.origin)
+
+    def moments(self) -> Moments | None:
+        """Moments of at least 2 vectors; None when there were none."""
+        return self.sums.moments(self.origin) if self.sums else None
 
 
 def images_sha256(images: torch.Tensor) -> str:
     """Hash of the pixels and the shape."""
-    digest = hashlib.sha256(str(list(images.shape)).encode())
-    digest.update(images.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    hashed = _Hashed([images], len(images))
+    assert sum(len(batch) for batch in hashed) == len(images)
+    return hashed.hexdigest()
+
+
+class _Hashed:
+    """Batches passed through, and the hash of all their images: as if they were one tensor [n, 3, H, W]."""
+
+    def __init__(self, batches: Iterable[torch.Tensor], n: int):
+        self.batches, self.n = batches, n
+        self._digest: Any = None
+
+    def __iter__(self):
+        for batch in self.batches:
+            if self._digest is None:
+                self._digest = hashlib.sha256(str([self.n, *batch.shape[1:]]).encode())
+            self._digest.update(batch.contiguous().numpy().tobytes())
+            yield batch
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> None:
@@ -65,8 +160,14 @@ def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> No
         "data": statistics.data_name,
         "data_sha256": statistics.data_sha256,
     }
+    tensors = {"mu": statistics.moments.mu.contiguous(), "sigma": statistics.moments.sigma.contiguous()}
+    if statistics.spatial is not None:
+        tensors |= {"mu_spatial": statistics.spatial.mu.contiguous(), "sigma_spatial": statistics.spatial.sigma.contiguous()}
+    if statistics.features is not None:
+        tensors["features"] = statistics.features.contiguous()
     partial = path.with_name(path.name + ".partial")
-    save_file({"mu": statistics.moments.mu.contiguous(), "sigma": statistics.moments.sigma.contiguous()}, partial, metadata)
+    save_file(tensors, partial, metadata)
+    partial.chmod(0o644)  # safetensors writes files that only their owner may read
     os.replace(partial, path)
 
 
@@ -76,17 +177,26 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             keys = set(file.keys())
-            _check(metadata.get("format") == FORMAT, path, f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
-            _check(keys == {"mu", "sigma"}, path, f"it holds {sorted(keys)}, expected mu and sigma")
-            mu, sigma = file.get_tensor("mu"), file.get_tensor("sigma")
+            check(metadata.get("format") == FORMAT, path, f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
+            check(keys - {"features"} in ({"mu", "sigma"}, {"mu", "sigma"} | SPATIAL), path, f"it holds {sorted(keys)}, expected mu and sigma")
+            tensors = {key: file.get_tensor(key) for key in keys}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't read statistics {path}", str(error), "give a file written by dite") from error
     text = metadata.get("n", "")
-    _check(text.isascii() and text.isdigit() and len(text) < 16 and int(text) >= 2, path, f"n is {text!r}, expected a number of at least 2")
+    check(text.isascii() and text.isdigit() and len(text) < 16 and int(text) >= 2, path, f"n is {text!r}, expected a number of at least 2")
     missing = [key for key in ("extractor", "data", "data_sha256") if not metadata.get(key)]
-    _check(not missing, path, f"metadata {', '.join(missing)} is missing")
-    _check_moments(mu, sigma, path)
-    return Statistics(Moments(mu, sigma, int(text)), metadata["extractor"], metadata["data"], metadata["data_sha256"])
+    check(not missing, path, f"metadata {', '.join(missing)} is missing")
+    check_moments(tensors["mu"], tensors["sigma"], path)
+    spatial, features = None, tensors.get("features")
+    if keys >= SPATIAL:
+        check_moments(tensors["mu_spatial"], tensors["sigma_spatial"], path)
+        spatial = Moments(tensors["mu_spatial"], tensors["sigma_spatial"], int(text))
+    if features is not None:
+        fitting = features.dtype == torch.float32 and features.dim() == 2 and 0 < len(features) <= int(text)
+        check(fitting and features.shape[1] == len(tensors["mu"]), path, f"features are {features.dtype} {list(features.shape)}")
+        check(bool(torch.isfinite(features).all()), path, "a feature in it is not finite")
+    found = Moments(tensors["mu"], tensors["sigma"], int(text))
+    return Statistics(found, metadata["extractor"], metadata["data"], metadata["data_sha256"], spatial, features)
 
 
 def inject_(metric: Any, reference: Moments) -> None:
@@ -99,17 +209,19 @@ def inject_(metric: Any, reference: Moments) -> None:
     metric.real_features_num_samples = torch.tensor(reference.n)
 
 
-def _check_moments(mu: torch.Tensor, sigma: torch.Tensor, path: Any) -> None:
-    _check(mu.dtype == sigma.dtype == torch.float64, path, f"mu is {mu.dtype} and sigma {sigma.dtype}, expected float64")
-    _check(mu.dim() == 1 and sigma.shape == (len(mu), len(mu)) and len(mu) > 0, path, f"mu is {list(mu.shape)} and sigma {list(sigma.shape)}")
-    _check(bool(torch.isfinite(mu).all() and torch.isfinite(sigma).all()), path, "a number in it is not finite")
+def check_moments(mu: torch.Tensor, sigma: torch.Tensor, path: Any, hint: str = HINT) -> None:
+    """Raise CheckpointError unless these are a mean fp64 [F] and a covariance fp64 [F, F]."""
+    check(mu.dtype == sigma.dtype == torch.float64, path, f"mu is {mu.dtype} and sigma {sigma.dtype}, expected float64", hint)
+    check(mu.dim() == 1 and sigma.shape == (len(mu), len(mu)) and len(mu) > 0, path, f"mu is {list(mu.shape)} and sigma {list(sigma.shape)}", hint)
+    check(bool(torch.isfinite(mu).all() and torch.isfinite(sigma).all()), path, "a number in it is not finite", hint)
     scale = sigma.diagonal().abs().max().item()
-    _check((sigma - sigma.T).abs().max().item() <= 1e-9 * scale, path, "sigma is not symmetric")
+    check((sigma - sigma.T).abs().max().item() <= 1e-9 * scale, path, "sigma is not symmetric", hint)
     with threads_for(len(mu)):
         lowest = torch.linalg.eigvalsh(sigma).min().item()
-    _check(lowest >= -1e-6 * scale, path, f"sigma is no covariance: its smallest eigenvalue is {lowest:.3g}")
+    check(lowest >= -1e-6 * scale, path, f"sigma is no covariance: its smallest eigenvalue is {lowest:.3g}", hint)
 
 
-def _check(holds: bool, path: Any, why: str) -> None:
+def check(holds: bool, path: Any, why: str, hint: str = HINT) -> None:
+    """Raise CheckpointError unless `holds`."""
     if not holds:
-        raise CheckpointError(f"{path} holds no usable statistics", why, "write it again with dite_evals.statistics.write_statistics")
+        raise CheckpointError(f"{path} holds no usable statistics", why, hint)

@@ -103,7 +103,8 @@ def test_ranks_meet_over_slow_links():
 def test_what_a_killed_run_leaves_behind_is_removed_with_its_processes():
     script = (
         "import subprocess, sys, time\nfrom dite_evals import links\nnetwork = links.Network(2).__enter__()\n"
-        "inside = subprocess.Popen(network.command(0, ['sleep', '300']))\nprint(network.namespace(0), inside.pid, flush=True)\ntime.sleep(300)\n"
+        "inside = subprocess.Popen(network.command(0, ['sh', '-c', 'echo inside; exec sleep 300']), stdout=subprocess.PIPE)\n"
+        "inside.stdout.readline()\nprint(network.namespace(0), inside.pid, flush=True)\ntime.sleep(300)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as run:
