@@ -45,10 +45,10 @@ demo: $(READY)
 	@echo "  demo/pictures/compare.png   the same ten pictures at full precision, at 4 bits, and 8 times their difference"
 	@echo "  demo/report/report.html     what it cost, in numbers"
 
-# Both run, whatever ruff says. The status of pytest is kept for .ci/run: make itself turns every failure into 2.
+# Both run, whatever ruff says. The status of pytest is kept for .ci/run: make itself turns every failure into 2. One process a core, of one thread.
 test: $(READY) $(GATES)
 	@rm -f $(VENV)/.pytest-status
-	@$(RUFF); lint=$$?; $(BIN)/python -m pytest; tests=$$?; echo $$tests > $(VENV)/.pytest-status; exit $$((tests ? tests : lint))
+	@$(RUFF); lint=$$?; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile; tests=$$?; echo $$tests > $(VENV)/.pytest-status; exit $$((tests ? tests : lint))
 
 lint: $(READY)
 	$(RUFF)
