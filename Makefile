@@ -48,7 +48,7 @@ demo: $(READY)
 # Both run, whatever ruff says. The status of pytest is kept for .ci/run: make itself turns every failure into 2. One process a core, of one thread.
 test: $(READY) $(GATES)
 	@rm -f $(VENV)/.pytest-status
-	@$(RUFF); lint=$$?; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile; tests=$$?; echo $$tests > $(VENV)/.pytest-status; exit $$((tests ? tests : lint))
+	@$(RUFF); lint=$$?; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile; tests=$$?; echo $$tests > $(VENV)/.pytest-status; exit $$((tests ? tests : lint))
 
 lint: $(READY)
 	$(RUFF)
