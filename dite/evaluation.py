@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +14,16 @@ from dite.errors import UsageError, did_you_mean
 from dite.parallel.launch import environment_ranks
 
 if TYPE_CHECKING:
+    from dite_evals.fid_run import FidRun
     from dite_evals.protocols import FidelityProtocol, FidProtocol
+    from dite_evals.workers import Workers
 
 Tick = Callable[[str, int, int], None]
 FIDELITY_KEYS = ("n", "psnr.mean", "psnr.p05", "psnr.interval.0", "psnr.interval.1", "ssim", "latent_relative_error", "per_step_error.N", "seconds")
-FID_KEYS = ("fid", "n", "interval.0", "interval.1", "fid_infinity", "seconds")
+FID_KEYS = ("fid", "n", "interval.0", "interval.1", "fid_infinity", "fid_corrected", "kid", "precision", "recall", "inception_score", "seconds")
+
+
+RUN = ("device", "batch_size", "features_only", "force", "command")
 
 
 def evaluate(
@@ -35,26 +42,38 @@ def evaluate(
     """Measure `model`, a pipeline or a source (folder, hub id, `builtin:NAME`), and return the metrics.
 
     A fidelity protocol needs `baseline`, the full-precision original, and returns `n, psnr: {mean, p05, interval}, ssim,
-    latent_relative_error, per_step_error, seconds`. A FID protocol returns `fid, n, interval, fid_infinity, extractor, protocol, seconds`.
+    latent_relative_error, per_step_error, seconds`. A FID protocol returns `fid, n, interval, extractor, protocol, seconds`, every other metric that
+    the extractor and the reference allow (`fid_infinity, fid_corrected, sfid, kid, precision, recall, cmmd, inception_score`, each with its
+    `…_interval`; None where it is left out, for the reason in `left_out`), and `features_sha256`, which is the same for the same samples.
     Keys of the protocol (`steps, guidance, dtype, micro_batch`…) given as `changes`, or before them as `key=value` in `overrides`, change it,
-    and the result lists what they changed. `device` says where sources are loaded; for FID, `batch_size` is how many samples a shard holds
-    (it changes no result), and `force` discards the shards of a run with other settings; `command` is the command line to put into the report.
+    and the result lists what they changed. `device` says where sources are loaded. For FID, `batch_size` is how many samples a shard holds (it
+    changes no result); `features_only` deletes images once their features are stored; `force` measures with too few samples, and discards the
+    shards of a run with other settings. `command` is the command line to put into the report.
 
-    Under torchrun, with a pipeline that is shared out by `parallelize`, every rank calls this and gets the same figures; rank 0 writes.
+    Started as several ranks (by `dite ... --nproc N`, `accelerate launch` or torchrun), each rank calls this, draws its part of a FID's samples
+    and gets the same figures, the same to the bit whatever their number; rank 0 writes. A pipeline that `parallelize` has shared out is run by all
+    ranks together instead.
 
-    `output` receives `report.json`, `report.html`, `report.md` and `protocol.yaml`; FID also writes its images beside it (`OUTPUT.samples`),
-    and an interrupted run goes on from there. `progress(stage, done, total)`. With `dry_run` everything is loaded and checked, nothing is
-    sampled or written, and the answer says what would be: `protocol, overrides, micro_batches`.
+    `output` receives `report.json`, `report.html`, `report.md` and `protocol.yaml`; FID also keeps its samples and features beside it
+    (`OUTPUT.samples`), and an interrupted run goes on from there. `progress(stage, done, total)`. With `dry_run` everything is loaded and checked,
+    nothing is sampled or written, and the answer says what would be: `protocol, overrides, micro_batches`.
 
     Raises UsageError, RecipeError, UnsupportedModel, UnsupportedEnvironment (no torchmetrics), ResumeConflict.
     """
-    from dite_evals.protocols import FidelityProtocol, load_protocol
+    from dite_evals.protocols import load_protocol
 
-    run = {key: changes.pop(key) for key in ("device", "batch_size", "force", "command") if key in changes}
+    run = {key: changes.pop(key) for key in RUN if key in changes}
     if changes.get("dtype") is not None:
         changes["dtype"] = str(changes["dtype"]).removeprefix("torch.")
     settings, changed = load_protocol(protocol, overrides=overrides, n=n, seed=seed, **changes)
     job = _Job(model, settings, changed, Path(output).absolute() if output is not None else None, progress or _silent, dry_run, **run)
+    with _threads(settings.threads):
+        return _measure(job, settings, baseline)
+
+
+def _measure(job: _Job, settings: Any, baseline: Any) -> dict[str, Any]:
+    from dite_evals.protocols import FidelityProtocol
+
     if isinstance(settings, FidelityProtocol):
         return _fidelity(job, settings, baseline)
     if baseline is not None:
@@ -78,6 +97,7 @@ class _Job:
     dry_run: bool = False
     device: str = "cpu"
     batch_size: int | None = None
+    features_only: bool = False
     force: bool = False
     command: Sequence[str] = ()
     start: float = field(default_factory=time.perf_counter)
@@ -90,6 +110,12 @@ class _Job:
         if self.output is not None:
             check_output(self.output)
         self.writes = (environment_ranks() or (0, 1))[0] == 0
+
+    def in_step(self) -> bool:
+        """Whether the ranks run one pipeline together, which `parallelize` has shared out."""
+        from dite.sampling import unwrap
+
+        return not isinstance(self.model, str | Path) and bool(_exchange(unwrap(self.model)))
 
     def load(self, source: Any) -> Any:
         """The diffusers pipeline of a source or a pipeline; a pipeline must already have the protocol's dtype."""
@@ -156,35 +182,92 @@ def _fidelity(job: _Job, settings: FidelityProtocol, baseline: Any) -> dict[str,
 
 
 def _fid(job: _Job, settings: FidProtocol) -> dict[str, Any]:
-    from dite.models.load import resolve
-    from dite_evals.fid import check_count, compute_fid
-    from dite_evals.statistics import read_statistics
+    from dite_evals import workers
+    from dite_evals.features import check_rank
+    from dite_evals.fid import check_count
+    from dite_evals.figures import compute_figures
 
     check_count(settings.n)
     extractor = open_extractor(settings.extractor, settings.weights, settings.resize)
-    path = Path(settings.statistics)
-    statistics = read_statistics(path if path.is_file() else Path(resolve(settings.statistics)) / "statistics.safetensors")
+    forced = job.force or settings.allow_few
+    check_rank(settings.n, extractor.num_features, forced)
+    statistics = open_statistics(settings.statistics)
     statistics.require(extractor)
+    check_rank(statistics.moments.n, extractor.num_features, forced, "reference samples")
+    together = workers.join(in_step=job.in_step())
+    job.device = together.device(job.device)
     pipe = job.load(job.model)
     if job.dry_run:
         return job.planned(models=1)
-    images = _fid_images(job, settings, pipe)
-    job.progress("features", 0, 1)
-    features = extractor.extract(images, pipe.device)
-    result = compute_fid(features, extractor, statistics)
-    job.progress("features", 1, 1)
-    metrics = {"fid": result.fid, "n": result.n, "interval": list(result.interval), "fid_infinity": result.fid_infinity, "extractor": extractor.id}
+    with _kept(job, together) as (folder, those):
+        run = _fid_run(job, settings, pipe, extractor, folder, those)
+        found = run.features()
+        sheet = run.sheet()
+        those.wait()  # before a scratch folder goes
+    figures = compute_figures(found, extractor, statistics, forced)
     reference = {"reference": statistics.data_name, "reference_n": statistics.moments.n, "reference_sha256": statistics.data_sha256}
+    reference |= {"reference_features": 0 if statistics.features is None else len(statistics.features)}
     return job.finish(
-        metrics,
+        figures.metrics() | {"extractor": extractor.id},
         {
             "kind": "fid",
             "title": f"FID of {source_name(job.model)}, {settings.name}",
-            "configuration": _configuration(job, pipe) | reference,
-            "curve": result.curve,
+            "configuration": _configuration(job, pipe) | reference | {"ranks": together.size},
+            "curve": figures.curve,
+            "replicates": figures.replicates(),
             "class_names": _names(pipe),
-            "images": images,
+            "images": sheet,
         },
+    )
+
+
+def open_statistics(source: str | None) -> Any:
+    """The `dite_evals.statistics.Statistics` of a file, or of a folder or `builtin:NAME` that holds one."""
+    from dite.models.load import resolve
+    from dite_evals.statistics import read_statistics
+
+    if source is None:
+        why = "this protocol leaves the reference to you"
+        raise UsageError("there is nothing to measure against", why, "make it with `dite eval stats`, then --set statistics=FILE")
+    path = Path(source)
+    return read_statistics(path if path.is_file() else Path(resolve(source)) / "statistics.safetensors")
+
+
+@contextmanager
+def _kept(job: _Job, together: Workers) -> Iterator[tuple[Path, Workers]]:
+    """Where samples are kept, and by whom: beside the output; or while this runs, where there is none."""
+    from dite_evals import workers
+
+    if job.output is not None:
+        yield job.output.with_name(job.output.name + ".samples"), together
+    elif together.size > 1 and not together.in_step:
+        yield workers.scratch(), together
+    else:
+        with tempfile.TemporaryDirectory(prefix="dite_samples_") as folder:
+            yield Path(folder), workers.Workers()
+
+
+def _fid_run(job: _Job, settings: FidProtocol, pipe: Any, extractor: Any, folder: Path, together: Workers) -> FidRun:
+    from dite_evals.fid_run import FidRun
+
+    def draw(start: int, stop: int, tick: Callable[[int], None]) -> Iterator[Any]:
+        for one in _samples(pipe, settings, lambda _stage, done, _total: tick(done), "sampling", start, stop):
+            yield one.image
+
+    return FidRun(
+        folder=folder,
+        configuration=_resume_key(job, pipe),
+        extractor=extractor,
+        n=settings.n,
+        micro_batch=settings.micro_batch,
+        steps=settings.steps,
+        draw=draw,
+        workers=together,
+        device=pipe.device,
+        shard=job.batch_size or 1,
+        features_only=job.features_only,
+        force=job.force,
+        progress=lambda done, total: job.progress("sampling", done, total),
     )
 
 
@@ -202,44 +285,30 @@ def open_extractor(name: str, weights: str | Path | None = None, resize: str | N
     raise UsageError(f"no extractor {name}", f"it is neither {', '.join(NAMED)}, nor a folder, nor builtin:NAME", hint)
 
 
-def _fid_images(job: _Job, settings: FidProtocol, pipe: Any) -> Any:
-    """Images uint8 [N, 3, H, W]: those already on disk, then the others, sampled in whole micro-batches and stored shard by shard."""
-    import torch
-
-    from dite_evals.shards import ShardStore
-
-    store = None
-    batches: list[torch.Tensor] = []
-    if job.output is not None:
-        store = ShardStore(job.output.with_name(job.output.name + ".samples"), _resume_key(job, pipe), job.force, job.writes)
-        found = store.read(settings.n)
-        if found is not None:
-            whole = len(found) if len(found) == settings.n else len(found) // settings.micro_batch * settings.micro_batch
-            batches.append(found[:whole])
-    start = sum(len(batch) for batch in batches)
-    shard = max(1, (job.batch_size or settings.micro_batch) // settings.micro_batch) * settings.micro_batch
-    pending: list[torch.Tensor] = []
-    for one in _samples(pipe, settings, job.progress, "sampling", start=start):
-        pending.append(one.image)
-        if len(pending) == shard or one.index + 1 == settings.n:
-            batches.append(torch.stack(pending))
-            if store is not None:
-                store.write(one.index + 1 - len(pending), batches[-1])
-            pending = []
-    return torch.cat(batches)
-
-
-def _samples(pipe: Any, settings: Any, progress: Tick, stage: str, *, start: int = 0, trajectory: bool = False):
-    """Samples start..n−1 of a protocol; `start` is a multiple of the micro-batch, so that every sample keeps its row."""
+def _samples(pipe: Any, settings: Any, progress: Tick, stage: str, start: int = 0, stop: int | None = None, *, trajectory: bool = False):
+    """Samples start..stop−1 of a protocol, n unless given; `start` is a multiple of the micro-batch, so that every sample keeps its row."""
     from dite.sampling import SampleSettings, class_ids, sample, sample_seed, takes_classes
     from dite_evals.protocols import balanced
 
-    conditions = balanced(class_ids(pipe) if takes_classes(pipe) else settings.prompts, settings.n)[start:]
-    seeds = [sample_seed(settings.seed, index) for index in range(start, settings.n)]
-    before, total = start // settings.micro_batch * settings.steps, -(-settings.n // settings.micro_batch) * settings.steps
+    stop = settings.n if stop is None else stop
+    conditions = balanced(class_ids(pipe) if takes_classes(pipe) else settings.prompts, stop)[start:]
+    seeds = [sample_seed(settings.seed, index) for index in range(start, stop)]
     how = SampleSettings(settings.steps, settings.guidance, settings.micro_batch)
-    for one in sample(pipe, conditions, seeds, how, progress=lambda done, _: progress(stage, before + done, total), trajectory=trajectory):
+    for one in sample(pipe, conditions, seeds, how, progress=lambda done, total: progress(stage, done, total), trajectory=trajectory):
         yield replace(one, index=start + one.index)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch on the CPU; as many as before for None."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _resume_key(job: _Job, pipe: Any) -> dict[str, Any]:
@@ -287,7 +356,7 @@ def _configuration(job: _Job, pipe: Any) -> dict[str, Any]:
 
     recipe = recipe_of(the_denoiser(pipe))
     left_out = {"description", "kind", "name", "dtype"} | ({"prompts"} if takes_classes(pipe) else set())
-    left_out |= {key for key in ("weights", "resize") if getattr(job.settings, key, None) is None}  # of an extractor that brings its own
+    left_out |= {key for key in ("weights", "resize", "threads") if getattr(job.settings, key, None) is None}  # of an extractor that brings its own
     return {
         "model": source_name(job.model),
         "model_sha256": model_digest(pipe),

@@ -13,9 +13,11 @@ import dite
 from dite.cli import options
 from dite.cli.gate import Gate, check_gates, parse_gates
 from dite.cli.output import Answer, progress
+from dite.cli.sharing import placed
 from dite.errors import OutputExists, UsageError
 from dite.evaluation import FID_KEYS, FIDELITY_KEYS, open_extractor
 from dite.outputs import check_writable
+from dite.parallel.launch import start_ranks
 
 app = typer.Typer(help="Measure image quality: paired with the original (fidelity), or against a data set (fid).", no_args_is_help=True)
 
@@ -80,6 +82,7 @@ def fidelity(
 
 @app.command()
 def fid(
+    context: typer.Context,
     model: options.Model,
     protocol: Protocol,
     set: options.SetProtocol = None,
@@ -90,7 +93,18 @@ def fid(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", metavar="B", help="Samples a shard on disk; changes no result.", min=1, show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Discard the samples of an interrupted run with other settings.")] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc", metavar="N", help="Processes that draw a part of the samples each; changes no result.", min=1, max=1024, show_default=False
+        ),
+    ] = None,
+    features_only: Annotated[
+        bool, typer.Option("--features-only", help="Delete images once their features are stored, but for the first 100.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure with no more samples than features, too; discard the samples of a run with other settings.")
+    ] = False,
     output: Output = None,
     fail_if: FailIf = None,
     dtype: options.Precision = None,
@@ -99,12 +113,21 @@ def fid(
     json: options.Json = False,
     no_progress: options.NoProgress = False,
     verbose: options.Verbose = False,
-) -> Answer:
-    """Fréchet distance to a protocol's reference statistics, with its interval and its limit for N to infinity. Interrupted runs with -o go on."""
+) -> Answer | int:
+    """Fréchet distance to a protocol's reference statistics and whatever else they allow (KID, precision and recall, ...), with intervals.
+
+    Interrupted runs with -o go on where they were. Also started by `accelerate launch -m dite eval fid ...` or torchrun, on several machines that
+    share the output's folder.
+    """
     gates = parse_gates(fail_if, FID_KEYS)
     changes = {"n": n, "steps": steps, "guidance": guidance, "seed": seed, "dtype": dtype and dtype.value}
-    how = {"device": device, "batch_size": batch_size, "force": force, "output": output, "dry_run": dry_run}
-    return _measure("fid", model, protocol, set, changes, gates, no_progress, command={"device": device}, **how)
+    rank, degree, to_start = placed(nproc)
+    if to_start and not dry_run:
+        _check_protocol("fid", protocol, set, changes)
+        return start_ranks(degree, context.obj)
+    how = {"device": device, "batch_size": batch_size, "features_only": features_only, "force": force, "output": output, "dry_run": dry_run}
+    answer = _measure("fid", model, protocol, set, changes, gates, no_progress, command={"device": device}, **how)
+    return 0 if rank else answer  # rank 0 has the same figures, and says them
 
 
 @app.command()
@@ -115,12 +138,17 @@ def compare(
     no_progress: options.NoProgress = False,
     verbose: options.Verbose = False,
 ) -> Answer:
-    """Two reports side by side. Refuses figures that may not be compared: other protocols, N or extractors."""
+    """Two reports side by side, with the interval of each difference over paired seeds. Refuses other protocols, N or extractors."""
     from dite_evals.compare import compare_reports
 
     comparison = compare_reports(first, second)
-    lines = [f"{row['metric']:24} {row['a']:12.5g} {row['b']:12.5g} {row['difference']:+12.4g}" for row in comparison["rows"]]
-    return Answer(comparison, "\n".join([f"{'':24} {'A':>12} {'B':>12} {'B - A':>12}", *lines, comparison["verdict"]]).rstrip())
+    lines = [_row(row) for row in comparison["rows"]]
+    return Answer(comparison, "\n".join([f"{'':24} {'A':>12} {'B':>12} {'B - A':>12}  95% interval", *lines, comparison["verdict"]]).rstrip())
+
+
+def _row(row: dict[str, Any]) -> str:
+    interval = f"{row['interval'][0]:+.4g} to {row['interval'][1]:+.4g}" if row["interval"] else ""
+    return f"{row['metric']:24} {row['a']:12.5g} {row['b']:12.5g} {row['difference']:+12.4g}  {interval}".rstrip()
 
 
 @app.command()
@@ -228,13 +256,18 @@ def _measure(
     command: dict[str, Any],
     **options: Any,
 ) -> Answer:
-    from dite_evals.protocols import load_protocol
-
-    load_protocol(protocol, kind, overrides or [], **changes)  # before torch and the models: a typing mistake is answered at once
+    _check_protocol(kind, protocol, overrides, changes)
     again = _again(kind, model, overrides or [], protocol=protocol, **command, **changes)
     with progress(no_progress) as tick:
         metrics = dite.evaluate(model, protocol, overrides=overrides or [], progress=tick, command=again, **options, **changes)
     return _planned(metrics) if options["dry_run"] else _answer(metrics, gates)
+
+
+def _check_protocol(kind: str, protocol: str, overrides: list[str] | None, changes: dict[str, Any]) -> None:
+    """Before torch and the models: a typing mistake is answered at once."""
+    from dite_evals.protocols import load_protocol
+
+    load_protocol(protocol, kind, overrides or [], **changes)
 
 
 def _again(kind: str, model: str, overrides: list[str], **flags: Any) -> list[str]:

@@ -15,6 +15,15 @@ from dite.parallel.schedule import Schedule
 from dite.parallel.topology import parse
 
 
+def placed(nproc: int | None) -> tuple[int, int, bool]:
+    """This process's rank, how many there are, and whether they are yet to be started: by `--nproc` and the environment."""
+    place = environment_ranks()
+    if place and nproc not in (None, place[1]):
+        rule = f"this process was started as one of {place[1]} ranks"
+        raise UsageError(f"--nproc {nproc} doesn't fit", rule, "leave --nproc out under torchrun")
+    return (*place, False) if place else (0, nproc or 1, (nproc or 1) > 1)
+
+
 @dataclass(frozen=True)
 class Sharing:
     """How a command's pictures are shared out. `rank` is this process's; `to_start`: the ranks are yet to be started."""
@@ -29,17 +38,13 @@ class Sharing:
     @classmethod
     def of(cls, nproc: int | None, mode: str, codec: str, order: int) -> Sharing:
         """From the flags and the environment; a mode, codec or degree that can't be is refused before anything starts."""
-        place = environment_ranks()
-        if place and nproc not in (None, place[1]):
-            rule = f"this process was started as one of {place[1]} ranks"
-            raise UsageError(f"--nproc {nproc} doesn't fit", rule, "leave --nproc out under torchrun")
-        degree = place[1] if place else nproc or 1
+        rank, degree, to_start = placed(nproc)
         parse("kv_gather" if mode == "auto" else mode, degree)
         if codec.endswith(".json"):
             Schedule.read(Path(codec))
         elif codec != "auto":
             parse_codec(codec)
-        return cls(degree, mode, codec, order, place[0] if place else 0, degree > 1 and not place)
+        return cls(degree, mode, codec, order, rank, to_start)
 
     def start(self, arguments: Sequence[str]) -> int:
         """Run the command's ranks; returns rank 0's exit code."""

@@ -61,7 +61,13 @@ def threads_per_rank(count: int) -> int:
 
 def _start(rank: int, count: int, arguments: Sequence[str], folder: Path, log: IO[bytes]) -> subprocess.Popen:
     environment = {"OMP_NUM_THREADS": str(threads_per_rank(count))} | os.environ
-    environment |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), RENDEZVOUS: str(folder / "ranks")}
+    environment |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(count),
+        RENDEZVOUS: str(folder / "ranks"),
+    }
     command = [sys.executable, "-m", "dite", *arguments]
     if rank:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)

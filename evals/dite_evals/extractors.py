@@ -27,7 +27,7 @@ from dite_evals.classifier import SmallClassifier
 from dite_evals.resize import RESIZES, Resize
 from dite_evals.weights import fit_, read_weights
 
-EXTRACT_BATCH = 250
+EXTRACT_BATCH = 50
 FOLDER = "classifier"
 NAMED = ("inception", "dinov2", "clip")
 AGAIN = "export the model again"

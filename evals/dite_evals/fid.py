@@ -5,16 +5,15 @@ FID is biased: it falls like FID∞ + c / N, with a c that depends on the model 
     FID∞      line through FID against k/N for k = 1..5: the samples are cut into k blocks, FID_k is the mean over the k blocks
     interval  delete-a-group jackknife: FID ± t · √((G−1)/G · Σ (FID₋g − mean)²), G groups; 95%
 
-`estimate_fid` gives the same as an `Estimate`, whose `corrected` is another FID∞, from the jackknife; `fid_infinity.py` puts an interval around the
-line's. Blocks are contiguous, so that classes assigned in turn stay balanced inside each. The naive bootstrap is no alternative: repeated samples
-shrink the covariance, and its interval need not even contain the estimate. N samples, F features.
+`Estimate.corrected` is another FID∞, from the jackknife; `fid_infinity.py` puts an interval around the line's. Blocks are contiguous, so that
+classes assigned in turn stay balanced inside each. The naive bootstrap is no alternative: repeated samples shrink the covariance, and its interval
+need not even contain the estimate. N samples, F features.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,7 +22,6 @@ from dite.errors import DiteError, UsageError
 from dite_evals.backend import torchmetrics
 from dite_evals.extractors import Extractor
 from dite_evals.features import Features, as_features, check_rank, group_slices
-from dite_evals.fidelity import student_t
 from dite_evals.frechet import Moments, Reference, Sums, frechet_distance, moments, threads_for
 from dite_evals.intervals import LEVEL, Estimate, jackknife
 from dite_evals.statistics import Statistics, inject_
@@ -31,17 +29,6 @@ from dite_evals.statistics import Statistics, inject_
 MIN_SAMPLES = 10
 SIZES = 5
 AGREEMENT = 1e-3
-
-
-@dataclass(frozen=True)
-class FidResult:
-    """`fid` of `n` samples, its 95% `interval`, `fid_infinity`, and the `curve`: pairs (samples a block, mean FID of the blocks)."""
-
-    fid: float
-    n: int
-    interval: tuple[float, float]
-    fid_infinity: float
-    curve: list[tuple[int, float]]
 
 
 def fid_between(extractor: Extractor, first: torch.Tensor, second: torch.Tensor, device: torch.device | str = "cpu") -> float:
@@ -58,30 +45,10 @@ def fid_of_images(extractor: Extractor, images: torch.Tensor, statistics: Statis
     return frechet_distance(statistics.moments, moments(extractor.extract(images, device)))
 
 
-def compute_fid(features: torch.Tensor, extractor: Extractor, statistics: Statistics) -> FidResult:
-    """FID of features [N, F], N at least 10, against reference statistics of the same extractor.
-
-    torchmetrics computes the same number from the same features; a disagreement beyond 0.1% is an error.
-    """
-    statistics.require(extractor)
-    check_count(len(features))
-    if not torch.isfinite(features).all():
-        raise DiteError("the extractor's features are not finite", "a sample gave NaN or infinity", "check the extractor's weights")
-    reference = Reference(statistics.moments)
-    value = reference.distance(moments(features))
-    other = torchmetrics_fid(features, statistics.moments)
-    if not math.isclose(value, other, rel_tol=AGREEMENT, abs_tol=AGREEMENT * statistics.moments.sigma.trace().item()):
-        raise DiteError(
-            "two computations of one FID disagree", f"ours is {value:.6g}, torchmetrics' {other:.6g}", "report this: one of them is wrong"
-        )
-    curve = size_curve(features, reference)
-    return FidResult(value, len(features), jackknife_interval(features, reference, value), extrapolate(curve), curve)
-
-
 def estimate_fid(features: Features, reference: Moments | Reference, *, force: bool = False, level: float = LEVEL) -> Estimate:
-    """FID of features [N, F] against reference moments, as an `Estimate`: for `difference`, `corrected`, and other levels.
+    """FID of features [N, F] against reference moments, with its interval; `corrected` is the FID of infinitely many samples.
 
-    The same value and error as `compute_fid`'s. Needs more samples than features, on both sides, unless `force`; N at least 10.
+    Needs more samples than features, on both sides, unless `force`; N at least 10.
     """
     x, against = both_sides(features, reference)
     check_count(len(x))
@@ -110,6 +77,15 @@ def check_count(n: int) -> None:
         )
 
 
+def agree_with_torchmetrics(value: float, features: torch.Tensor, reference: Moments) -> None:
+    """Raise DiteError when torchmetrics finds another FID of the same features [N, F] than `value`, by more than 0.1%."""
+    other = torchmetrics_fid(features, reference)
+    if not math.isclose(value, other, rel_tol=AGREEMENT, abs_tol=AGREEMENT * reference.sigma.trace().item()):
+        raise DiteError(
+            "two computations of one FID disagree", f"ours is {value:.6g}, torchmetrics' {other:.6g}", "report this: one of them is wrong"
+        )
+
+
 def torchmetrics_fid(features: torch.Tensor, reference: Moments) -> float:
     """The same distance by torchmetrics, fed with features instead of images."""
     metric = torchmetrics("image.fid").FrechetInceptionDistance(feature=_AsIs(features.shape[1]))
@@ -118,15 +94,6 @@ def torchmetrics_fid(features: torch.Tensor, reference: Moments) -> float:
         metric.update(batch, real=False)
     with threads_for(features.shape[1]):
         return metric.compute().item()
-
-
-def jackknife_interval(features: torch.Tensor, reference: Reference, value: float) -> tuple[float, float]:
-    """95% interval around `value`, the FID of all `features`: leaves out each of up to 20 groups in turn. Its lower end is at least 0."""
-    without = distances_without(features, reference)
-    count = len(without)
-    error = math.sqrt((count - 1) / count * (without - without.mean()).square().sum().item())
-    half = student_t(count - 1) * error
-    return max(0.0, value - half), value + half
 
 
 def distances_without(features: torch.Tensor, reference: Reference) -> torch.Tensor:

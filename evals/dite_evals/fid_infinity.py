@@ -22,7 +22,7 @@ Point = tuple[float, float]
 
 
 def estimate_fid_infinity(features: Features, reference: Moments | Reference, *, force: bool = False, level: float = LEVEL) -> Estimate:
-    """FID∞ of features [N, F], N at least 40; the same value as `compute_fid`'s `fid_infinity`, with a jackknife interval.
+    """FID∞ of features [N, F], N at least 40; the line's value with a jackknife interval.
 
     Unless `force`, every block must have more samples than features: N ≥ 5 (F + 1). Below that FID bends, and the line misses.
     """

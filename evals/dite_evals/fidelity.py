@@ -9,7 +9,6 @@ Shapes: N samples, S steps, H × W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 
 from dite.errors import DiteError, UsageError
 from dite_evals.backend import torchmetrics
+from dite_evals.intervals import LEVEL, student
 
 if TYPE_CHECKING:
     from dite.sampling import Sample
@@ -118,21 +118,5 @@ def mean_interval(values: torch.Tensor) -> list[float]:
     mean = values.double().mean().item()
     if len(values) < 2:
         return [mean, mean]
-    half = student_t(len(values) - 1) * values.double().std().item() / math.sqrt(len(values))
+    half = student(LEVEL, len(values) - 1) * values.double().std().item() / math.sqrt(len(values))
     return [mean - half, mean + half]
-
-
-def student_t(degrees: int) -> float:
-    """The 97.5% quantile of Student's t, within 0.5% (Cornish-Fisher expansion of the normal quantile; exact for 1 and 2).
-
-    >>> [round(student_t(d), 2) for d in (1, 2, 9, 19, 1000)]
-    [12.71, 4.3, 2.26, 2.09, 1.96]
-    """
-    exact: Sequence[float] = (12.706, 4.303, 3.182)
-    if degrees <= len(exact):
-        return exact[degrees - 1]
-    z = 1.959964
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / degrees + second / degrees**2 + third / degrees**3

@@ -19,7 +19,8 @@ MANY_CLASSES = 64
 
 
 class _Protocol(BaseModel):
-    """What both kinds have in common. `dtype: null` takes the models as they are stored."""
+    """What both kinds have in common. `dtype: null` takes the models as they are stored. `threads` of each process on a CPU, where they may decide
+    the last bits: with a number there, a run of any number of ranks gives the same ones; null takes as many as there are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,6 +32,7 @@ class _Protocol(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     micro_batch: int = Field(default=8, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    threads: int | None = Field(default=None, ge=1, le=1024)
     prompts: list[str] = Field(default_factory=list)
 
 
@@ -42,13 +44,15 @@ class FidelityProtocol(_Protocol):
 
 class FidProtocol(_Protocol):
     """Distance to a data set. `extractor`: `inception`, `dinov2` or `clip` with its `weights` and `resize`, or a folder or `builtin:NAME` with a
-    classifier. `statistics`: a file, or such a folder."""
+    classifier. `statistics`: a file, or such a folder; null in a protocol that waits for the user's. `allow_few`: also where N is not larger than the
+    number of features, so that the number means nothing."""
 
     kind: Literal["fid"]
     extractor: str
-    statistics: str
+    statistics: str | None
     weights: str | None = None
     resize: Literal["clean", "legacy", "none"] | None = None
+    allow_few: bool = False
 
 
 Protocol = FidelityProtocol | FidProtocol

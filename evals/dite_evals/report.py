@@ -16,13 +16,25 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from dite.errors import CheckpointError, OutputExists
 from dite.outputs import check_writable
+from dite_evals.schema import ADAPTER, SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 FILE = "report.json"
 PROTOCOL = "protocol.yaml"
+FID_NAMES = {
+    "fid": "FID, N = {n}",
+    "fid_corrected": "FID for N → ∞, jackknife",
+    "fid_infinity": "FID for N → ∞, line",
+    "sfid": "sFID, N = {n}",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "cmmd": "CMMD",
+    "inception_score": "inception score",
+}
 PACKAGES = ("dite", "torch", "diffusers", "torchmetrics", "safetensors", "transformers")
 
 
@@ -41,12 +53,14 @@ class Report:
     images: torch.Tensor | None = None
     baseline_images: torch.Tensor | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
+    replicates: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `report.json`."""
         document = {"schema_version": SCHEMA_VERSION, "kind": self.kind, "title": self.title, "metrics": self.metrics}
         document |= {"configuration": self.configuration, "environment": environment(), "command": shlex.join(self.command)}
         document |= {"curve": [{"n": size, "fid": value} for size, value in self.curve]} if self.curve else {}
+        document |= {"replicates": self.replicates} if self.replicates else {}
         return document | ({"samples": self.samples} if self.samples else {})
 
 
@@ -83,11 +97,13 @@ def write_report(report: Report, folder: Path) -> dict[str, str]:
     check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
     document = report.to_dict()
+    strict = finite(document)
+    ADAPTER.validate_python(strict)
     texts = {
         "html": render(report, document),
         "md": markdown(document),
         "protocol": yaml.safe_dump(report.protocol, sort_keys=False, allow_unicode=True),
-        "json": json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "json": json.dumps(strict, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
     }
     paths = {kind: folder / (f"report.{kind}" if kind != "protocol" else PROTOCOL) for kind in texts}
     for kind, text in texts.items():
@@ -104,9 +120,17 @@ def read_report(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"can't read {path}", str(error), "give a report.json written by dite eval") from error
-    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION or not isinstance(document.get("metrics"), dict):
-        raise CheckpointError(f"{path} is no report of this version", f"schema_version must be {SCHEMA_VERSION}", "write it again with this dite")
-    return document
+    found = document.get("schema_version") if isinstance(document, dict) else None
+    if found != SCHEMA_VERSION:
+        why = f"its schema_version is {found!r}, expected {SCHEMA_VERSION}"
+        raise CheckpointError(f"{path} is no report of this version", why, "measure again with this dite: what was drawn is kept")
+    try:
+        ADAPTER.validate_python(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        raise CheckpointError(f"{path} is damaged", f"{where}: {first['msg']}", "give the report.json that dite wrote") from error
+    return dict(document)
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -115,13 +139,15 @@ def markdown(document: dict[str, Any]) -> str:
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in headline(document["metrics"])]
     lines += ["", "| configuration | |", "|---|---|"]
     lines += [f"| {_cell(key)} | {_cell(plain(value))} |" for key, value in document["configuration"].items()]
+    left_out = document["metrics"].get("left_out") or {}
+    lines += ["", "Left out: " + "; ".join(f"{name} ({_cell(why)})" for name, why in left_out.items()) + "."] if left_out else []
     versions = ", ".join(f"{key} {value}" for key, value in document["environment"].items())
     again = ["```", document["command"], "```", ""] if document["command"] else []
     return "\n".join([*lines, "", f"Environment: {versions}.", "", *again])
 
 
 def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """The metrics that are quoted, named and with their units, in order."""
+    """The metrics that are quoted, named and with their units, in order; in brackets their 95% intervals."""
     if "psnr" in metrics:
         psnr = metrics["psnr"]
         return [
@@ -131,14 +157,13 @@ def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
             ("latent relative error", f"{metrics['latent_relative_error']:.4f}"),
             ("samples", str(metrics["n"])),
         ]
-    low, high = metrics["interval"]
-    return [
-        (f"FID, N = {metrics['n']}", f"{metrics['fid']:.4g}"),
-        ("95% interval", f"{low:.4g} to {high:.4g}"),
-        ("FID for N → ∞", f"{metrics['fid_infinity']:.4g}"),
-        ("protocol", metrics["protocol"]),
-        ("extractor", short_id(metrics["extractor"])),
-    ]
+    rows = [(FID_NAMES[name].format(n=metrics["n"]), _quoted(metrics, name)) for name in FID_NAMES if metrics.get(name) is not None]
+    return [*rows, ("protocol", metrics["protocol"]), ("extractor", short_id(metrics["extractor"]))]
+
+
+def _quoted(metrics: dict[str, Any], name: str) -> str:
+    interval = metrics.get("interval" if name == "fid" else f"{name}_interval")
+    return f"{metrics[name]:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
 
 
 def short_id(extractor: str) -> str:

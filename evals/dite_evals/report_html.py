@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from dite.pictures import difference, grid, to_png
 from dite_evals import plots
+from dite_evals.fid import extrapolate
 from dite_evals.page import figure, page, tiles
 from dite_evals.report import Report, headline, plain
 
@@ -35,7 +36,10 @@ def _summary(report: Report) -> str:
     n = report.metrics["n"]
     if report.kind == "fidelity":
         return f"{n} images from each model, of the same seeds and conditions. Higher PSNR and SSIM mean closer to the original."
-    return f"{n} images against reference statistics; lower is closer. Compare it only with FIDs of the same protocol, N and extractor."
+    return (
+        f"{n} images against reference statistics; a lower FID is closer. Compare it only with FIDs of the same protocol, N and extractor. "
+        "In brackets are 95% intervals: FID's of the FID at this N, those for N → ∞ of the FID of infinitely many samples."
+    )
 
 
 def _fidelity(report: Report) -> str:
@@ -69,13 +73,15 @@ def _card(report: Report, index: int) -> str:
 
 
 def _fid(report: Report) -> str:
-    caption = "Mean FID of 1 to 5 disjoint blocks against 1/N, and where the fitted line meets N → ∞"
-    figures = figure(plots.against_size(report.curve, report.metrics["fid_infinity"]), caption)
+    caption = "Mean FID of 1 to 5 disjoint blocks against 1/N, and the line through them towards N → ∞"
+    figures = figure(plots.against_size(report.curve, extrapolate(report.curve)), caption)
     if report.images is not None:
         first = report.images[:SHEET]
         sheet = grid(first, min(10, len(first)), 2 if first.shape[-1] <= 64 else 1)
         figures += figure(image_tag(sheet, f"the first {len(first)} samples", most_px=1024), f"The first {len(first)} samples, in order")
-    return f'<h2>FID against N, and what was measured</h2><div class="plots">{figures}</div>'
+    left_out = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in report.metrics.get("left_out", {}).items())
+    notes = f'<h2>Left out</h2><ul class="soft">{left_out}</ul>' if left_out else ""
+    return f'<h2>FID against N, and what was measured</h2><div class="plots">{figures}</div>{notes}'
 
 
 def image_tag(image: torch.Tensor, alt: str, most_px: int = THUMBNAIL_PX) -> str:

@@ -1,9 +1,11 @@
-"""Images of a long run on disk, in shards, so that an interrupted run goes on where it was.
+"""What a long run has done so far, on disk, so that an interrupted run goes on where it was, and several ranks can share one.
 
-    FOLDER/config.json                       what the images depend on; another configuration refuses the folder
-    FOLDER/shard-000050.safetensors          images uint8 [B, 3, H, W] of samples 50.., written under another name, then renamed
+    FOLDER/config.json                        what the images depend on; another configuration refuses the folder
+    FOLDER/shard-000050.safetensors           images uint8 [B, 3, H, W] of samples 50..
+    FOLDER/features-NAME/shard-000200.…       features fp32 [B, F] of samples 200.. under one extractor, and what else it gives
 
-Samples are pure functions of their index, so a longer run keeps the shards of a shorter one.
+Every file is written under another name, then renamed: a shard is there whole or not at all. Samples are pure functions of their index, so that a
+longer run keeps the shards of a shorter one, and shards that overlap agree.
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from dite.errors import CheckpointError, ResumeConflict
+from dite.errors import CheckpointError, DiteError, ResumeConflict
 
 CONFIG = "config.json"
+Span = tuple[int, int]
 
 
 def digest(configuration: dict[str, Any]) -> str:
@@ -28,76 +32,145 @@ def digest(configuration: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
 
 
-class ShardStore:
-    """Shards of one configuration in one folder."""
+def claim(folder: Path, configuration: dict[str, Any], force: bool = False) -> bool:
+    """Whether `folder` holds shards of another configuration, which `force` lets `begin` discard.
 
-    def __init__(self, folder: Path, configuration: dict[str, Any], force: bool = False, writes: bool = True):
-        """Open or create. Raises ResumeConflict when the folder holds another configuration; `force` deletes its shards instead. Without `writes`
-        (another rank does that) nothing is changed."""
+    Changes nothing, so that every rank can ask before one begins. Raises ResumeConflict for another configuration without `force`, and for a folder
+    that is not ours.
+    """
+    found = _found(folder)
+    if found is None or found == configuration:
+        return False
+    if not force:
+        raise ResumeConflict(
+            f"{folder} belongs to a run with other settings", _differences(found, configuration), "use --force to begin anew, or another -o"
+        )
+    return True
+
+
+def begin(folder: Path, configuration: dict[str, Any], stale: bool) -> None:
+    """Make `folder` ready for shards of `configuration`, without those that are `stale` and what killed processes left."""
+    for path in folder.glob("**/*.partial") if folder.is_dir() else ():
+        path.unlink(missing_ok=True)
+    for path in folder.glob("**/shard-*.safetensors") if stale else ():
+        path.unlink(missing_ok=True)
+    write_file(folder / CONFIG, (json.dumps(configuration, indent=2, sort_keys=True) + "\n").encode())
+
+
+class Shards:
+    """Rows of named tensors in the shards of one folder, all written under the same `facts`. One thread of a process uses it."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, str], writes: bool = True):
+        """Without `writes` (another rank writes the same) only those are seen that are there now, and `write` changes nothing."""
         self.folder = folder
-        self.digest = digest(configuration)
+        self.facts = dict(facts)
         self.writes = writes
-        self._stale = False
-        found = self._found()
-        if found is not None and found != configuration:
-            if not force:
-                raise ResumeConflict(
-                    f"{folder} belongs to a run with other settings", _differences(found, configuration), "use --force to begin anew, or another -o"
-                )
-            self._stale = not writes
-            for path in self._paths():
-                path.unlink()
-        if not writes:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_text(folder / CONFIG, json.dumps(configuration, indent=2, sort_keys=True) + "\n")
+        self._spans = dict(_span(path) for path in sorted(folder.glob("shard-*.safetensors")))
+        self._last: tuple[Path, dict[str, torch.Tensor]] | None = None
 
-    def write(self, start: int, images: torch.Tensor) -> None:
-        """Store the samples from `start` on."""
+    def covers(self, start: int, stop: int) -> bool:
+        """Whether rows start..stop−1 are all here."""
+        return not self.missing(start, stop)
+
+    def missing(self, start: int, stop: int) -> list[Span]:
+        """The gaps among rows start..stop−1."""
+        gaps, at = [], start
+        for first, last in sorted(self._spans.values()):
+            if last <= at or first >= stop:
+                continue
+            if first > at:
+                gaps.append((at, first))
+            at = max(at, last)
+        return gaps + ([(at, stop)] if at < stop else [])
+
+    def write(self, start: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Store the rows from `start` on. Raises DiteError when the disk is full or can't be written."""
         if not self.writes:
             return
         path = self.folder / f"shard-{start:06}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file({"images": images.contiguous()}, partial, {"config": self.digest, "start": str(start)})
+        rows = {name: value.contiguous() for name, value in tensors.items()}
+        count = len(next(iter(rows.values())))
+        write_file(path, save(rows, self.facts | {"start": str(start), "count": str(count)}))
+        self._spans[path] = (start, start + count)
+        self._last = None
+
+    def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Rows start..stop−1 of each tensor, which must be covered. Raises CheckpointError for a damaged shard."""
+        parts: list[dict[str, torch.Tensor]] = []
+        at = start
+        for path, (first, last) in sorted(self._spans.items(), key=lambda item: item[1]):
+            if first <= at < last and at < stop:
+                rows = self._rows(path, first, last)
+                parts.append({name: value[at - first : stop - first] for name, value in rows.items()})
+                at = min(last, stop)
+        assert at == stop, f"rows {at} to {stop - 1} are not in {self.folder}"
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def drop(self, start: int, stop: int) -> None:
+        """Delete the shards that lie within rows start..stop−1."""
+        for path, (first, last) in list(self._spans.items()):
+            if start <= first and last <= stop:
+                del self._spans[path]
+                if self.writes:
+                    path.unlink(missing_ok=True)
+
+    def refresh(self) -> None:
+        """See what others have written."""
+        self._spans = dict(_span(path) for path in sorted(self.folder.glob("shard-*.safetensors")))
+        self._last = None
+
+    def _rows(self, path: Path, first: int, last: int) -> dict[str, torch.Tensor]:
+        if self._last is None or self._last[0] != path:
+            self._last = path, _tensors(path, self.facts | {"start": str(first), "count": str(last - first)})
+        return self._last[1]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write atomically. Raises DiteError that says how many bytes had no place; what was there before stays."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
         os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        why = f"{error.strerror or error}; it takes {len(data)} bytes"
+        raise DiteError(f"can't write {path}", why, "make room and run the same command again: what is drawn is kept") from error
 
-    def read(self, limit: int) -> torch.Tensor | None:
-        """The images of samples 0, 1, .. without a gap, at most `limit`; None when there are none."""
-        batches: list[torch.Tensor] = []
-        done = 0
-        for path in self._paths():
-            start = int(path.stem.removeprefix("shard-"))
-            if done >= limit or start > done:
-                break
-            # Shards overlap where a longer run drew a ragged last micro-batch again; both hold the same images there.
-            batches.append(self._read_shard(path, start)[done - start :])
-            done += len(batches[-1])
-        return torch.cat(batches)[:limit] if batches else None
 
-    def _read_shard(self, path: Path, start: int) -> torch.Tensor:
-        try:
-            with safe_open(path, "pt") as file:
-                metadata, images = file.metadata() or {}, file.get_tensor("images")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"can't read {path}", str(error), "delete this shard; it will be sampled again") from error
-        if metadata != {"config": self.digest, "start": str(start)} or images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
-            raise CheckpointError(
-                f"{path} is no shard of this run", f"it says {metadata}, {images.dtype} {list(images.shape)}", "delete it; it will be sampled again"
-            )
-        return images
+def _span(path: Path) -> tuple[Path, Span]:
+    metadata = _open(path, lambda file: file.metadata() or {})
+    numbers = [metadata.get(key, "") for key in ("start", "count")]
+    if not all(number.isascii() and number.isdigit() and len(number) < 16 for number in numbers) or path.stem != f"shard-{int(numbers[0]):06}":
+        raise CheckpointError(f"{path} is no shard", f"it says {metadata}", "delete it; it will be made again")
+    return path, (int(numbers[0]), int(numbers[0]) + int(numbers[1]))
 
-    def _paths(self) -> list[Path]:
-        return [] if self._stale else sorted(self.folder.glob("shard-*.safetensors"))
 
-    def _found(self) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads((self.folder / CONFIG).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise ResumeConflict(f"{self.folder} is not empty", f"it has no {CONFIG}, so it is not ours", "choose another -o") from None
-            return None
-        except (ValueError, TypeError) as error:
-            raise ResumeConflict(f"{self.folder / CONFIG} is damaged", str(error), "delete the folder") from error
+def _tensors(path: Path, facts: dict[str, str]) -> dict[str, torch.Tensor]:
+    metadata, rows = _open(path, lambda file: (file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}))  # noqa: SIM118
+    if metadata != facts or {str(len(value)) for value in rows.values()} != {facts["count"]}:
+        held = {key: list(value.shape) for key, value in rows.items()}
+        raise CheckpointError(f"{path} is no shard of this run", f"it says {metadata} and holds {held}", "delete it; it will be made again")
+    return rows
+
+
+def _open(path: Path, look: Any) -> Any:
+    try:
+        with safe_open(path, "pt") as file:
+            return look(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"can't read {path}", str(error), "delete this shard; it will be made again") from error
+
+
+def _found(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        if folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".partial"):
+            raise ResumeConflict(f"{folder} is not empty", f"it has no {CONFIG}, so it is not ours", "choose another -o") from None
+        return None
+    except (ValueError, TypeError) as error:
+        raise ResumeConflict(f"{folder / CONFIG} is damaged", str(error), "delete the folder") from error
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -108,9 +181,3 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:39] + "…"
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

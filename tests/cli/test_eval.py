@@ -73,6 +73,7 @@ def test_fid_takes_a_protocol_file_and_resumes_only_its_own(run, folder, tmp_pat
     images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
     write_statistics(folder / "statistics.safetensors", compute_statistics(load_classifier(folder), images, "noise"))
     protocol = {"name": "mine", "kind": "fid", "n": 10, "steps": 1, "guidance": 1.0, "extractor": str(folder), "statistics": str(folder)}
+    protocol["allow_few"] = True
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(protocol))
     command = ("eval", "fid", folder, "--protocol", tmp_path / "mine.yaml", "-o", tmp_path / "r", "--json")
     first = run(*command)
@@ -87,4 +88,4 @@ def test_compare_shows_two_reports_side_by_side(run, folder, tmp_path):
     for name in ("a", "b"):
         assert run("eval", "fidelity", folder, "--baseline", folder, "--n", 2, "--steps", 1, "-o", tmp_path / name).code == 0
     outcome = run("eval", "compare", tmp_path / "a", tmp_path / "b")
-    assert outcome.code == 0 and "psnr.mean" in outcome.out and "overlap" in outcome.out
+    assert outcome.code == 0 and "psnr.mean" in outcome.out and "does not tell the two apart" in outcome.out

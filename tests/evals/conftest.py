@@ -56,6 +56,7 @@ def smoke(reference_folder):
         "steps": 2,
         "guidance": 1.5,
         "micro_batch": 4,
+        "allow_few": True,
         "extractor": str(reference_folder),
         "statistics": str(reference_folder),
     }

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import dite
-from dite.errors import RecipeError, ResumeConflict, UnsupportedEnvironment, UnsupportedModel, UsageError
+from dite.errors import CheckpointError, DiteError, NonFiniteOutput, RecipeError, ResumeConflict, UnsupportedEnvironment, UnsupportedModel, UsageError
 from dite.evaluation import FID_KEYS, FIDELITY_KEYS, model_digest, plain_tensors
 from dite_evals.protocols import balanced, load_protocol
-from dite_evals.shards import ShardStore
+from dite_evals.shards import claim
 
 QUICK = {"n": 3, "steps": 2}
 
@@ -49,7 +49,7 @@ def test_the_gate_keys_are_keys_of_the_answer(pipe, worse_pipe, smoke):
 
     fidelity, fid = dite.evaluate(worse_pipe, baseline=pipe, **QUICK), dite.evaluate(pipe, smoke)
     assert all(_lookup(fidelity, key.replace("N", "0")) is not None for key in FIDELITY_KEYS)
-    assert all(_lookup(fid, key) is not None for key in FID_KEYS)
+    assert all(_lookup(fid, key) is not None or key in fid["left_out"] for key in FID_KEYS)
 
 
 def test_fidelity_without_a_baseline_says_what_to_give(pipe):
@@ -99,6 +99,84 @@ def test_an_interrupted_fid_goes_on_and_gives_the_same_number(pipe, smoke, tmp_p
     assert len(counted) == 1
 
 
+def test_features_alone_are_kept_on_request_and_give_the_same_number(pipe, smoke, tmp_path, counted, monkeypatch):
+    monkeypatch.setattr("dite_evals.fid_run.SHEET", 4)
+    whole = dite.evaluate(pipe, smoke, output=tmp_path / "whole")
+    small = dite.evaluate(pipe, smoke, output=tmp_path / "small", features_only=True)
+    assert small["features_sha256"] == whole["features_sha256"] and small["fid"] == whole["fid"]
+    kept = sorted(path.name for path in (tmp_path / "small.samples").glob("shard-*"))
+    assert kept == ["shard-000000.safetensors"] and len(list((tmp_path / "whole.samples").glob("shard-*"))) == 3
+    counted.clear()
+    assert dite.evaluate(pipe, smoke, output=tmp_path / "small", features_only=True)["fid"] == whole["fid"] and counted == []
+
+
+def test_features_of_another_extractor_are_not_taken_for_its_own(pipe, smoke, tmp_path, counted, monkeypatch):
+    from dite_evals.extractors import Extractor
+
+    first = dite.evaluate(pipe, smoke, output=tmp_path / "r")
+    counted.clear()
+    monkeypatch.setattr(Extractor, "id", "other/raw/sha256:" + "1" * 64)
+    monkeypatch.setattr("dite_evals.statistics.Statistics.require", lambda *_: None)
+    assert dite.evaluate(pipe, smoke, output=tmp_path / "r")["features_sha256"] == first["features_sha256"]
+    assert counted == [] and len(list((tmp_path / "r.samples").glob("features-*"))) == 2
+
+
+def test_a_full_disk_is_said_with_its_bytes_and_what_was_drawn_is_kept(pipe, smoke, tmp_path, counted, monkeypatch):
+    from pathlib import Path
+
+    whole, write = dite.evaluate(pipe, smoke)["fid"], Path.write_bytes
+    counted.clear()
+
+    def full(path, data):
+        if path.name.startswith("shard-000008"):
+            write(path, data[:100])
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiteError, match=r"No space left on device; it takes \d+ bytes"):
+        dite.evaluate(pipe, smoke, output=tmp_path / "r")
+    monkeypatch.undo()
+    assert len(counted) == 3 and len(list((tmp_path / "r.samples").iterdir())) == 3  # config and two shards, no piece of the third
+    assert dite.evaluate(pipe, smoke, output=tmp_path / "r")["fid"] == whole
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:50], lambda data: data[:-1], lambda data: data.replace(b"count", b"Count")])
+def test_a_damaged_shard_is_named_and_not_used(pipe, smoke, tmp_path, damage):
+    dite.evaluate(pipe, smoke, output=tmp_path / "r")
+    path = next((tmp_path / "r.samples").glob("features-*/shard-*"))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"features-.*shard-000000"):
+        dite.evaluate(pipe, smoke, output=tmp_path / "r")
+
+
+def test_fewer_samples_than_features_are_refused_before_anything_is_loaded_unless_forced(pipe, smoke):
+    honest = smoke | {"allow_few": False}
+    with pytest.raises(UsageError, match="12 samples are too few for a Fréchet distance of 192 features"):
+        dite.evaluate("no/such/model", honest)
+    assert dite.evaluate(pipe, honest, force=True)["fid"] == dite.evaluate(pipe, smoke)["fid"]
+
+
+def test_a_protocol_that_waits_for_its_reference_says_so(pipe, smoke):
+    with pytest.raises(UsageError, match="dite eval stats"):
+        dite.evaluate(pipe, smoke | {"statistics": None})
+
+
+def test_nan_features_are_refused_with_the_image(pipe, smoke, tmp_path, monkeypatch):
+    from dite_evals.classifier import SmallClassifier
+
+    inner = SmallClassifier.outputs
+
+    def broken(self, images):
+        found = inner(self, images)
+        found["features"][5] = float("nan")
+        return found
+
+    monkeypatch.setattr(SmallClassifier, "outputs", broken)
+    with pytest.raises(NonFiniteOutput, match="image 5"):
+        dite.evaluate(pipe, smoke)
+
+
 def test_a_longer_run_goes_on_from_a_shorter_one_whose_last_batch_was_ragged(pipe, smoke, tmp_path, counted):
     whole = dite.evaluate(pipe, smoke, n=15)["fid"]
     dite.evaluate(pipe, smoke, n=10, output=tmp_path / "r")
@@ -134,7 +212,7 @@ def test_a_changed_configuration_refuses_the_shards_unless_forced(pipe, worse_pi
 def test_a_folder_that_is_not_ours_is_not_taken_for_shards(tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(ResumeConflict, match="not ours"):
-        ShardStore(tmp_path, {"a": 1}, force=True)
+        claim(tmp_path, {"a": 1}, force=True)
 
 
 def test_too_few_samples_are_refused_before_anything_is_loaded(smoke):
@@ -199,7 +277,7 @@ def test_a_protocol_with_anything_wrong_is_refused(source, overrides, reason):
 
 
 def test_a_protocol_of_the_other_kind_is_refused_with_those_that_fit():
-    with pytest.raises(RecipeError, match="cifar10-5k or smoke"):
+    with pytest.raises(RecipeError, match=r"cifar10-5k or .*smoke"):
         load_protocol("fidelity-128", kind="fid")
 
 

@@ -7,7 +7,8 @@ import torch
 
 from dite.errors import DiteError, UsageError
 from dite.sampling import Sample
-from dite_evals.fidelity import PSNR_CAP_DB, PairedFidelity, mean_interval, psnr, relative_error, ssim, student_t
+from dite_evals.fidelity import PSNR_CAP_DB, PairedFidelity, mean_interval, psnr, relative_error, ssim
+from dite_evals.intervals import student
 
 
 def images(n, size=16, seed=0):
@@ -90,4 +91,4 @@ def test_one_value_has_its_mean_as_interval():
 
 @pytest.mark.parametrize(("degrees", "table"), [(1, 12.706), (3, 3.182), (4, 2.776), (5, 2.571), (10, 2.228), (30, 2.042), (120, 1.980)])
 def test_student_t_is_the_printed_table_s(degrees, table):
-    assert student_t(degrees) == pytest.approx(table, rel=5e-3)
+    assert student(0.95, degrees) == pytest.approx(table, rel=5e-4)

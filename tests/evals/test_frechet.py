@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dite.errors import UsageError
-from dite_evals.fid import compute_fid, extrapolate, fid_between, jackknife_interval, size_curve, torchmetrics_fid
+from dite.errors import DiteError, UsageError
+from dite_evals.fid import agree_with_torchmetrics, estimate_fid, extrapolate, fid_between, size_curve, torchmetrics_fid
 from dite_evals.frechet import Moments, Reference, frechet_distance, moments
-from dite_evals.statistics import Statistics
 
 
 def gaussian(n, features=6, seed=0, shift=0.0, scale=1.0):
@@ -73,16 +72,16 @@ def test_it_is_a_distance(n, features, seed, scale):
 @given(n=st.integers(10, 90), seed=st.integers(0, 999))
 def test_the_interval_contains_the_estimate(n, seed):
     reference, features = Reference(moments(gaussian(200))), gaussian(n, seed=seed)
-    value = reference.distance(moments(features))
-    low, high = jackknife_interval(features, reference, value)
-    assert 0 <= low <= value <= high < math.inf
+    found = estimate_fid(features, reference)
+    low, high = found.interval
+    assert found.value == reference.distance(moments(features)) and 0 <= low <= found.value <= high < math.inf
 
 
 def test_the_interval_is_as_wide_as_independent_runs_scatter():
     reference = Reference(moments(gaussian(5000)))
     runs = [gaussian(400, seed=seed, shift=0.3) for seed in range(1, 41)]
     values = torch.tensor([reference.distance(moments(x)) for x in runs])
-    intervals = [jackknife_interval(x, reference, value) for x, value in zip(runs, values.tolist(), strict=True)]
+    intervals = [estimate_fid(x, reference).interval for x in runs]
     widths = torch.tensor([(high - low) / 2 / 2.09 for low, high in intervals])
     assert 0.7 < widths.mean() / values.std() < 1.4
 
@@ -99,12 +98,20 @@ def test_a_line_against_one_over_n_is_extrapolated_exactly():
     assert extrapolate([(n, 3.0 + 50 / n) for n in (100, 50, 33, 25, 20)]) == pytest.approx(3.0)
 
 
-def test_ten_samples_are_enough_and_nine_are_not(extractor):
-    statistics = Statistics(moments(gaussian(50, 192)), extractor.id, "toy", "0" * 64)
-    result = compute_fid(gaussian(10, 192, seed=4), extractor, statistics)
-    assert result.n == 10 and result.interval[0] <= result.fid <= result.interval[1]
+def test_ten_samples_are_enough_if_forced_and_nine_are_not():
+    reference = moments(gaussian(50, 192))
+    found = estimate_fid(gaussian(10, 192, seed=4), reference, force=True)
+    assert found.n == 10 and found.interval[0] <= found.value <= found.interval[1]
     with pytest.raises(UsageError, match="at least 10"):
-        compute_fid(gaussian(9, 192), extractor, statistics)
+        estimate_fid(gaussian(9, 192), reference, force=True)
+
+
+def test_another_fid_than_torchmetrics_is_an_error():
+    features, reference = gaussian(60, seed=3), moments(gaussian(50))
+    value = estimate_fid(features, reference).value
+    agree_with_torchmetrics(value, features, reference)
+    with pytest.raises(DiteError, match="disagree"):
+        agree_with_torchmetrics(1.01 * value + 1, features, reference)
 
 
 def test_images_are_at_no_distance_from_themselves_and_at_some_from_others(extractor):

@@ -12,6 +12,7 @@ from dite_evals import plots
 from dite_evals.compare import compare_reports
 from dite_evals.report import Report, read_report, write_report
 from dite_evals.report_html import image_tag
+from dite_evals.schema import json_schema
 
 EXTRACTOR = "toy/raw/sha256:" + "0" * 64
 
@@ -24,6 +25,9 @@ def fidelity(n=3, size=32, **changes):
         "ssim": 0.9,
         "latent_relative_error": 0.1,
         "per_step_error": [0.1, 0.2],
+        "protocol": "fidelity-128",
+        "overrides": {},
+        "seconds": 1.0,
     }
     rows = [{"index": i, "seed": i, "condition": i, "psnr": 40.0 - i, "latent_relative_error": 0.1} for i in range(n)]
     configuration = {"protocol": "fidelity-128", "steps": 2, "dtype": None, "model": "<b>&"}
@@ -32,8 +36,14 @@ def fidelity(n=3, size=32, **changes):
 
 def fid(value=5.0, extractor=EXTRACTOR, n=20):
     metrics = {"fid": value, "n": n, "interval": [value - 1, value + 1], "fid_infinity": value - 2, "extractor": extractor, "protocol": "smoke"}
+    metrics |= {"overrides": {}, "seconds": 1.0, "left_out": {"kid": "<why>"}}
     curve = [(20, value), (10, value + 1), (6, value + 2), (5, value + 3), (4, value + 4)]
-    return Report("fid", "fid", metrics, {"protocol": "smoke", "steps": 4}, [], curve=curve, images=torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
+    sheet = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
+    return Report("fid", "fid", metrics, {"protocol": "smoke", "steps": 4}, [], curve=curve, images=sheet, replicates=replicates(value))
+
+
+def replicates(value, noise=0.1, parts="all but one of 4 groups"):
+    return {"fid": {"values": [value + noise * one for one in (-1, 0.5, 0.2, 0.3)], "fraction": 0.75, "parts": parts}}
 
 
 def page_of(report, folder):
@@ -69,7 +79,7 @@ def test_large_images_are_shown_small_and_small_ones_as_they_are():
 def test_the_json_is_strict_even_where_a_figure_is_not_finite(tmp_path):
     paths = write_report(fidelity(latent_relative_error=float("inf")), tmp_path)
     document = json.loads(Path(paths["json"]).read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert document["metrics"]["latent_relative_error"] is None and document["schema_version"] == 1
+    assert document["metrics"]["latent_relative_error"] is None and document["schema_version"] == 2
     assert document["command"] == "dite eval 'a b'" and torch.__version__.startswith(document["environment"]["torch"])
     assert read_report(tmp_path) == document
 
@@ -94,8 +104,69 @@ def test_two_reports_of_one_protocol_compare(tmp_path):
     write_report(fid(5.0), tmp_path / "a")
     write_report(fid(9.0), tmp_path / "b")
     comparison = compare_reports(tmp_path / "a", tmp_path / "b" / "report.json")
-    assert comparison["rows"][0] == {"metric": "fid", "a": 5.0, "b": 9.0, "difference": 4.0}
-    assert "do not overlap" in comparison["verdict"]
+    row = comparison["rows"][0]
+    assert (row["metric"], row["a"], row["b"], row["difference"]) == ("fid", 5.0, 9.0, 4.0)
+    assert row["interval"] == pytest.approx([4.0, 4.0])  # the same groups move both alike
+    assert "the two differ" in comparison["verdict"]
+
+
+def test_a_difference_within_its_interval_is_none(tmp_path):
+    write_report(fid(5.0), tmp_path / "a")
+    other = fid(5.01)
+    other.replicates["fid"]["values"].reverse()
+    write_report(other, tmp_path / "b")
+    comparison = compare_reports(tmp_path / "a", tmp_path / "b")
+    low, high = comparison["rows"][0]["interval"]
+    assert low < 0 < high and "does not tell" in comparison["verdict"]
+
+
+def test_paired_samples_tell_apart_what_intervals_of_the_means_do_not(tmp_path):
+    one, other = fidelity(6), fidelity(6)
+    for row in other.samples:
+        row["psnr"] -= 0.3 + 0.01 * row["index"]
+    other.metrics["psnr"] = {"mean": 29.7, "p05": 24.7, "interval": [28.7, 30.7]}
+    write_report(one, tmp_path / "a")
+    write_report(other, tmp_path / "b")
+    comparison = compare_reports(tmp_path / "a", tmp_path / "b")
+    assert "the two differ" in comparison["verdict"] and comparison["rows"][0]["interval"][1] < 0
+
+
+def test_reports_whose_groups_differ_are_compared_without_an_interval(tmp_path):
+    write_report(fid(5.0), tmp_path / "a")
+    other = fid(9.0)
+    other.replicates = replicates(9.0, parts="all but one of 5 groups")
+    write_report(other, tmp_path / "b")
+    comparison = compare_reports(tmp_path / "a", tmp_path / "b")
+    assert comparison["rows"][0]["interval"] is None and "no interval" in comparison["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda document: document["metrics"].pop("fid"), "metrics.fid"),
+        (lambda document: document["metrics"].update(n="many"), "metrics.n"),
+        (lambda document: document["metrics"].update(interval=[1.0]), "metrics.interval"),
+        (lambda document: document["replicates"]["fid"].update(fraction=1.5), "replicates.fid.fraction"),
+        (lambda document: document.pop("configuration"), "configuration"),
+    ],
+)
+def test_a_damaged_report_is_refused_with_the_place(tmp_path, change, where):
+    path = Path(write_report(fid(), tmp_path)["json"])
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=where):
+        read_report(path)
+
+
+def test_the_published_schema_is_the_one_that_is_checked():
+    published = Path(__file__).parents[2] / "docs" / "report.schema.json"
+    assert json.loads(published.read_text()) == json_schema(), "python -m dite_evals.schema > docs/report.schema.json"
+
+
+def test_what_was_left_out_is_said_with_its_reason(tmp_path):
+    paths = write_report(fid(), tmp_path)
+    assert "&lt;why&gt;" in Path(paths["html"]).read_text() and "<why>" in Path(paths["md"]).read_text()
 
 
 @pytest.mark.parametrize("other", [fid(extractor="other/raw/sha256:11"), fid(n=30), fidelity()], ids=["extractor", "n", "kind"])
