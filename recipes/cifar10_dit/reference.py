@@ -10,11 +10,13 @@ from dite_evals.fid import fid_of_images
 from dite_evals.statistics import compute_statistics, read_statistics
 from dite_evals.statistics import write_statistics as write
 
+KEPT = 2000  # images whose features are kept, for KID, precision and recall
+
 
 def write_statistics(classifier: SmallClassifier, images: torch.Tensor, path: Path, data_name: str) -> None:
-    """Write the feature moments of `images` uint8 [N, 3, 32, 32] to `path`, beside the exported `classifier/`."""
+    """Write the feature moments of `images` uint8 [N, 3, 32, 32], and the features of some, to `path`, beside the exported `classifier/`."""
     extractor, device = _exported(classifier, path)
-    write(path, compute_statistics(extractor, images, data_name, device))
+    write(path, compute_statistics(extractor, images, data_name, device, keep=min(KEPT, len(images))))
 
 
 def image_fid(classifier: SmallClassifier, images: torch.Tensor, path: Path) -> float:
