@@ -252,25 +252,44 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML", " ".join(str(error).split()), "check the indentation near that line") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{where} is not a recipe", f"a recipe is a mapping of keys, this is a {type(values).__name__}", "see `dite recipes w4a8`")
+        raise RecipeError(
+            f"{where} is not a recipe", f"a recipe is a mapping of keys, this is a {type(values).__name__}", "see `dite recipes show w4a8`"
+        )
     return values
 
 
 def validate(model: type[BaseModel], values: dict[str, Any], what: str = "recipe"):
     """Build `model`, a `what`, from `values`; its first error becomes a RecipeError with the nearest known key."""
+    found = problems(model, values, what)
+    if found:
+        raise found[0] from found[0].__cause__
+    return model.model_validate(values)
+
+
+def problems(model: type[BaseModel], values: dict[str, Any], what: str = "recipe") -> list[RecipeError]:
+    """Everything that keeps `values` from being a `model`, in the order of the keys; empty when nothing does."""
     try:
-        return model.model_validate(values)
+        model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = _fields_at(model, first["loc"][:-1])
-            hint = did_you_mean(str(first["loc"][-1]), known) or "keys are written from the top, as a.b.c; `dite recipes NAME` prints a recipe's"
-            raise RecipeError(f"unknown {what} key {path}", f"known keys there: {', '.join(sorted(known))}", hint) from error
-        message = first["msg"].removeprefix("Value error, ")
-        if not path:  # of all keys together: the values may hold a secret
-            raise RecipeError(f"these {what} keys contradict each other", message) from error
-        raise RecipeError(f"{what} key {path} is wrong", f"{message} (got {first['input']!r})", "see `dite recipes` for working examples") from error
+        found = [_problem(model, one, what) for one in error.errors()]
+        for one in found:
+            one.__cause__ = error
+        return found
+    return []
+
+
+def _problem(model: type[BaseModel], error: Any, what: str) -> RecipeError:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(model, error["loc"][:-1])
+        hint = did_you_mean(str(error["loc"][-1]), known) or "keys are written from the top, as a.b.c; `dite recipes show NAME` prints a recipe's"
+        return RecipeError(f"unknown {what} key {path}", f"known keys there: {', '.join(sorted(known))}", hint)
+    if error["type"] == "missing":  # the input is what the key is missing from: all the other keys
+        return RecipeError(f"{what} key {path} is missing", "it has no default", "`dite recipes ls` names working examples")
+    message = error["msg"].removeprefix("Value error, ")
+    if not path:  # of all keys together: the values may hold a secret
+        return RecipeError(f"these {what} keys contradict each other", message)
+    return RecipeError(f"{what} key {path} is wrong", f"{message} (got {error['input']!r})", "`dite recipes ls` names working examples")
 
 
 def _read(source: str | Path) -> dict[str, Any]:
@@ -279,7 +298,7 @@ def _read(source: str | Path) -> dict[str, Any]:
         return recipe_of_plan(path)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         if not path.is_file():
-            raise RecipeError(f"no recipe file {path}", "the file does not exist", "check the path, or use a name from `dite recipes`")
+            raise RecipeError(f"no recipe file {path}", "the file does not exist", "check the path, or use a name from `dite recipes ls`")
         return read_yaml_file(path)
     names = recipe_names()
     if str(source) not in names:
@@ -336,7 +355,9 @@ def _with(values: dict[str, Any], keys: list[str], value: Any, path: str) -> dic
     inner = values.get(head)
     inner = {} if inner is None else inner
     if not isinstance(inner, dict):
-        raise RecipeError(f"--set {path} goes too deep", f"{head} holds {inner!r}, which has no keys", "see `dite recipes NAME` for the structure")
+        raise RecipeError(
+            f"--set {path} goes too deep", f"{head} holds {inner!r}, which has no keys", "see `dite recipes show NAME` for the structure"
+        )
     return {**values, head: _with(inner, rest, value, path)}
 
 

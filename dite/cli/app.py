@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 import dite
-from dite.cli import bench, doctor, eval, generate, inspect, quantize, recipes, serve
+from dite.cli import bench, doctor, eval, generate, inspect, quantize, recipes, report, serve
 from dite.cli.failure import INTERRUPTED, explained, interrupted, print_failure, print_traceback
 from dite.cli.output import Answer, print_answer
 from dite.errors import DiteError
@@ -33,7 +33,8 @@ app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.add_typer(eval.app, name="eval")
 app.add_typer(bench.app, name="bench")
-app.command("recipes")(recipes.recipes)
+app.add_typer(recipes.app, name="recipes")
+app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 
 

@@ -98,7 +98,7 @@ def forward(
     ] = None,
     layers: Annotated[int | None, typer.Option("--layers", help="With --size: so many blocks and not all.", min=2, show_default=False)] = None,
     recipes: Annotated[
-        str, typer.Option("--recipes", metavar="NAME,...", help="Recipes from `dite recipes`, or YAML files; rounded only.")
+        str, typer.Option("--recipes", metavar="NAME,...", help="Recipes from `dite recipes ls`, or YAML files; rounded only.")
     ] = "w4a8,w8a8",
     backends: Backends = "auto",
     peers: Annotated[str, typer.Option("--peers", metavar="NAME,...", help="Other libraries, where installed: torchao, quanto, sdnq.")] = "",
@@ -213,6 +213,7 @@ def exchange(
     asked.check()
     with progress(no_progress) as tick:
         document = bench_exchange(asked, progress=tick)
+    document |= {"model_sha256": _digest(model) if model else None}
     flags = {"size": size and size.value, "tokens": tokens, "layers": layers, "nproc": nproc, "modes": modes, "codecs": codecs, "links": links}
     again = flags | {"steps": steps, "rounds": rounds, "batch-size": batch_size}
     return _answer(document, _again(["exchange", *([model] if model else [])], again), output, _exchange_table(document))
@@ -234,6 +235,14 @@ def _loaded(model: str, device: str) -> Any:
     from dite.models.load import load_pipeline
 
     return the_denoiser(load_pipeline(model, dtype="bfloat16", device=device))
+
+
+def _digest(model: str) -> str:
+    """Which model the ranks loaded, as `dite report` asks for it."""
+    from dite.evaluation import model_digest
+    from dite.models.load import load_pipeline
+
+    return model_digest(load_pipeline(model, dtype="bfloat16"))
 
 
 def _inputs(transformer: Any) -> Any:

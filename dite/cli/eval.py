@@ -21,7 +21,7 @@ from dite.parallel.launch import start_ranks
 
 app = typer.Typer(help="Measure image quality: paired with the original (fidelity), or against a data set (fid).", no_args_is_help=True)
 
-Protocol = Annotated[str, typer.Option("--protocol", metavar="NAME|FILE", help="A protocol from `dite recipes --kind eval`, or a YAML file.")]
+Protocol = Annotated[str, typer.Option("--protocol", metavar="NAME|FILE", help="A protocol from `dite recipes ls --kind eval`, or a YAML file.")]
 Count = Annotated[int | None, typer.Option("--n", help="Samples; the protocol's number unless given.", min=1, show_default=False)]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps; the protocol's unless given.", min=1, show_default=False)]
 Guidance = Annotated[

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json as jsonlib
 import math
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,14 +98,22 @@ def generate(
             drawn = draw(pipe, job, tick, model)
         if sharing.rank:
             return 0  # rank 0 has the same pictures, and writes them
+        measured = _identity(pipe, model, context.obj) if exchanged else {}
         del pipe  # two large models need not fit side by side
         base = draw(load_pipeline(compare, dtype=precision, device=device), job, tick, compare) if compare else None
     rows = {f"this: {model}": drawn} if base is None else {f"base: {compare}": base, f"this: {model}": drawn}
     written = write(output, names, describe(job, model, drawn), rows)
     note(f"{len(names)} pictures in {drawn.seconds:.1f} s, {drawn.seconds_per_step:.3f} s a step")
     document = {"images": [str(output / name) for name in names], "compare": written.get("compare"), "grid": written["grid"]} | _facts(job)
-    document |= {"seconds": drawn.seconds, "seconds_per_step": drawn.seconds_per_step, "exchange": exchanged or None}
+    document |= {"seconds": drawn.seconds, "seconds_per_step": drawn.seconds_per_step, "exchange": exchanged or None} | measured
     return Answer(document, "\n".join(written.values()))
+
+
+def _identity(pipe: Any, model: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What an exchange was measured on, as `dite report` asks for it."""
+    from dite.evaluation import dtype_name, model_digest
+
+    return {"model": model, "dtype": dtype_name(pipe), "model_sha256": model_digest(pipe), "command": shlex.join(["dite", *arguments])}
 
 
 def draw(pipe, job: Job, tick, title: str) -> Drawn:

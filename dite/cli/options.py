@@ -32,7 +32,7 @@ class Strategy(StrEnum):
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or builtin:NAME.", show_default=False)]
-Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe from `dite recipes`, or a YAML file.")]
+Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe from `dite recipes ls`, or a YAML file.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, as defaults.token.weight.group_size=64. Repeatable."),

@@ -26,12 +26,12 @@ NUMERIC = ("size", "error", "sensitivity")
 
 def plan_html(document: dict[str, Any]) -> str:
     """The whole page as text; `document` is the contents of a `plan.json`. Search, errors, frontier and comparisons may be missing or null."""
-    document = _printable(document)
+    document = printable(document)
     model = document["model"]["class"]
     layers = document["layers"]
     body = (
         f'<h1>A quantization plan for {escape(model)}</h1><p class="soft">{escape(_summary(document))}</p>'
-        f"{tiles(_figures(document))}{_map(document)}{_sizes(document)}{_worst(layers)}{_skipped(document.get('skipped') or {})}"
+        f"{tiles(_figures(document))}{layer_map(document)}{size_plot(document)}{worst_layers(layers)}{left_alone(document.get('skipped') or {})}"
         f"{_recipe(document.get('recipe') or {})}"
     )
     return page(f"Plan for {model}", body)
@@ -95,7 +95,7 @@ def _figures(document: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _map(document: dict[str, Any]) -> str:
+def layer_map(document: dict[str, Any]) -> str:
     """The maps of all stacks beside what their colours and letters mean."""
     layers = document["layers"]
     if not layers:
@@ -148,7 +148,7 @@ def _activations(layers: list[dict[str, Any]]) -> str:
     return f"Activations: {', '.join(parts)}."
 
 
-def _sizes(document: dict[str, Any]) -> str:
+def size_plot(document: dict[str, Any]) -> str:
     """Size against error: the plot, what its marks are, and its named plans as a table."""
     large = max(document["bytes"], document.get("baseline_bytes") or 0) >= 5e9
     unit, scale = ("GB", 1e9) if large else ("MB", 1e6)
@@ -193,13 +193,13 @@ def _compared(document: dict[str, Any], uniform: list[dict[str, Any]]) -> str:
     return f'<div class="card table"><table class="columns"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 
-def _worst(layers: list[dict[str, Any]]) -> str:
-    """The layers with the largest errors, then all of them, folded."""
+def worst_layers(layers: list[dict[str, Any]], of: str = "a layer's output on inputs it was not calibrated on") -> str:
+    """The layers with the largest errors, then all of them, folded. `of` says what the errors are of."""
     known = sorted((layer for layer in layers if _number(layer.get("error"))), key=lambda layer: -layer["error"])
     text = ""
     if known:
         heading = f"The {WORST} layers with the largest errors" if len(known) > WORST else "Layers by error"
-        note = "Relative error of a layer's output on inputs it was not calibrated on."
+        note = f"Relative error of {of}."
         text = f'<h2>{heading}</h2><p class="soft">{note}</p>{_layer_table(known[:WORST])}'
     if len(layers) > len(known[:WORST]):
         text += (
@@ -223,7 +223,7 @@ def _numeric(name: str) -> str:
     return ' class="number"' if name in NUMERIC else ""
 
 
-def _skipped(skipped: dict[str, Any]) -> str:
+def left_alone(skipped: dict[str, Any]) -> str:
     if not skipped:
         return ""
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(reason))}</td></tr>" for name, reason in skipped.items())
@@ -237,7 +237,7 @@ def _recipe(recipe: dict[str, Any]) -> str:
     if not recipe:
         return ""
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=140)
-    pre, lines = f"<pre>{escape(_printable(text))}</pre>", text.count("\n")
+    pre, lines = f"<pre>{escape(printable(text))}</pre>", text.count("\n")
     folded = f"<details><summary>{lines} lines of YAML</summary>{pre}</details>" if lines > OPEN_RECIPE_LINES else pre
     return f"<h2>The recipe</h2>{folded}"
 
@@ -255,10 +255,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _printable(value: Any) -> Any:
+def printable(value: Any) -> Any:
     """The same with every character that prints as nothing (controls, lone surrogates, reversals of direction) replaced by U+FFFD."""
     if isinstance(value, str):
         return "".join("\ufffd" if unicodedata.category(each)[0] == "C" and each not in KEPT else each for each in value)
     if isinstance(value, dict):
-        return {_printable(key): _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list | tuple) else value

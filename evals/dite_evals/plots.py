@@ -78,6 +78,14 @@ def per_step(errors: Sequence[float]) -> str:
     return axes.wrap(marks, f"latent relative error after each of {len(errors)} steps")
 
 
+def per_layer(values: Sequence[tuple[str, float]], y_label: str) -> str:
+    """One dot a layer, in the model's order; all values finite."""
+    low, high = min(0, *(value for _, value in values)), max(0, *(value for _, value in values))
+    axes = _Axes((1, max(2, len(values))), (low, high if high > low else 1), "layer, in the model's order", y_label)
+    marks = "".join(_dot(axes, at, value, f"{name}: {value:.4g}", 3) for at, (name, value) in enumerate(values, 1))
+    return axes.wrap(marks, f"{y_label} of {len(values)} layers")
+
+
 def histogram(values: Sequence[float], mean: float, x_label: str) -> str:
     """Counts of `values` in about √N bins, with the mean marked."""
     finite = [value for value in values if math.isfinite(value)] or [0.0]

@@ -115,7 +115,7 @@ def _values(source: str | Path | dict[str, Any] | Protocol) -> dict[str, Any]:
     path = Path(source)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
-            raise RecipeError(f"no protocol file {path}", "the file does not exist", "check the path, or use a name from `dite recipes --kind eval`")
+            raise RecipeError(f"no protocol file {path}", "the file does not exist", "check it, or use a name from `dite recipes ls --kind eval`")
         return read_yaml_file(path)
     names = recipe_names("eval")
     if str(source) not in names:

@@ -151,14 +151,18 @@ def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     if "psnr" in metrics:
         psnr = metrics["psnr"]
         return [
-            ("PSNR, mean", f"{psnr['mean']:.2f} dB"),
-            ("PSNR, worst 5%", f"{psnr['p05']:.2f} dB"),
-            ("SSIM", f"{metrics['ssim']:.4f}"),
-            ("latent relative error", f"{metrics['latent_relative_error']:.4f}"),
+            ("PSNR, mean", _or_none(psnr["mean"], ".2f", " dB")),
+            ("PSNR, worst 5%", _or_none(psnr["p05"], ".2f", " dB")),
+            ("SSIM", _or_none(metrics["ssim"], ".4f")),
+            ("latent relative error", _or_none(metrics["latent_relative_error"], ".4f")),
             ("samples", str(metrics["n"])),
         ]
     rows = [(FID_NAMES[name].format(n=metrics["n"]), _quoted(metrics, name)) for name in FID_NAMES if metrics.get(name) is not None]
     return [*rows, ("protocol", metrics["protocol"]), ("extractor", short_id(metrics["extractor"]))]
+
+
+def _or_none(value: float | None, form: str, unit: str = "") -> str:
+    return "not finite" if value is None else f"{value:{form}}{unit}"
 
 
 def _quoted(metrics: dict[str, Any], name: str) -> str:

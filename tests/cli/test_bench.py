@@ -172,12 +172,16 @@ def test_a_random_model_can_stand_in_for_a_folder(run, monkeypatch):
     assert document["inputs"]["hidden_states"] == [3, 4, 6, 6] and document["rows"][0]["shape"] == [27, 48, 192]
 
 
-def test_exchange_starts_its_ranks_and_tells_what_each_mode_took(run, model_folder):
+def test_exchange_starts_its_ranks_and_tells_what_each_mode_took(run, model_folder, tmp_path):
     arguments = ("bench", "exchange", model_folder, "--modes", "ring", "--codecs", "none,int4", "--steps", 2, "--rounds", 1)
     document = run(*arguments, "--json").document
     assert [(row["mode"], row["codec"], row["ranks"], row["link"]) for row in document["rows"][:1]] == [("one_device", "none", 1, "unshaped")]
     assert {(row["mode"], row["codec"]) for row in document["rows"][1:]} == {("ring", "none"), ("ring", "int4")}
     assert {"environment", "command", "configuration", "links"} <= document.keys() and "--codecs none,int4" in document["command"]
+    (tmp_path / "exchange.json").write_text(json.dumps(document))
+    page = run("report", model_folder, "--exchange", tmp_path / "exchange.json", "-o", tmp_path / "page", "--json")
+    assert page.code == 0, page.err
+    assert page.document["exchange"][0]["model_sha256"] == page.document["model"]["sha256"]["bfloat16"]
 
 
 @pytest.mark.parametrize(

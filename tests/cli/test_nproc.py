@@ -41,6 +41,13 @@ def test_the_answer_counts_what_was_exchanged(shared):
     assert exchange["bytes_sent"] > exchange["bytes_raw"] > 0
 
 
+def test_the_answer_says_which_model_it_is_of(shared, model_folder_once, run, tmp_path):
+    (tmp_path / "generate.json").write_text(json.dumps(shared[1]))
+    page = run("report", model_folder_once, "--exchange", tmp_path / "generate.json", "-o", tmp_path / "page", "--json")
+    assert page.code == 0, page.err
+    assert page.document["exchange"][0]["model_sha256"] == page.document["model"]["sha256"]["float32"] == shared[1]["model_sha256"]
+
+
 def test_a_codec_sends_fewer_bytes(shared, model_folder_once, tmp_path):
     done = dite("generate", model_folder_once, *DRAW, "--nproc", 2, "--codec", "int2", "-o", tmp_path / "small", "--json")
     assert json.loads(done.stdout)["exchange"]["bytes_sent"] < 0.8 * shared[1]["exchange"]["bytes_sent"]

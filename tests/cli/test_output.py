@@ -53,7 +53,7 @@ def test_only_rank_0_draws_progress(monkeypatch, capsys):
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    command = "import sys; from dite.cli import main; sys.exit(main(['recipes', 'w4a8']))"
+    command = "import sys; from dite.cli import main; sys.exit(main(['recipes', 'show', 'w4a8']))"
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.wait(timeout=60) == 0

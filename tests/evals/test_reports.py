@@ -10,7 +10,7 @@ import torch
 from dite.errors import CheckpointError, OutputExists, UsageError
 from dite_evals import plots
 from dite_evals.compare import compare_reports
-from dite_evals.report import Report, read_report, write_report
+from dite_evals.report import Report, headline, read_report, write_report
 from dite_evals.report_html import image_tag
 from dite_evals.schema import json_schema
 
@@ -138,6 +138,14 @@ def test_reports_whose_groups_differ_are_compared_without_an_interval(tmp_path):
     write_report(other, tmp_path / "b")
     comparison = compare_reports(tmp_path / "a", tmp_path / "b")
     assert comparison["rows"][0]["interval"] is None and "no interval" in comparison["verdict"]
+
+
+def test_a_report_read_back_has_the_same_headline_even_where_a_figure_is_not_finite(tmp_path):
+    report = fidelity(latent_relative_error=float("inf"))
+    names = [name for name, _ in headline(report.metrics)]
+    write_report(report, tmp_path)
+    found = dict(headline(read_report(tmp_path)["metrics"]))
+    assert list(found) == names and found["latent relative error"] == "not finite" and found["PSNR, mean"] == "30.00 dB"
 
 
 @pytest.mark.parametrize(
