@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from pydantic import ValidationError
@@ -22,9 +23,9 @@ from dite.checkpoint.format import FORMAT_VERSION
 from dite.checkpoint.register import register_with_diffusers
 from dite.errors import CheckpointError, UsageError
 from dite.models.planning import make_plan
-from dite.quant.apply import check_weights, insert_empty_layers_, quantize_linears_, quantized_layers
+from dite.quant.apply import check_weights, dequantize_linears_, insert_empty_layers_, quantize_linears_, quantized_layers
 from dite.quant.linear import QuantLinear
-from dite.quant.lora import UNLOAD, prepare_for_adapters_
+from dite.quant.lora import UNLOAD, prepare_for_adapters_, refuse_adapters
 from dite.quant.plan import QuantPlan, StoredPlan
 from dite.recipe import QuantRecipe, load_recipe
 
@@ -59,14 +60,13 @@ class DiteConfig(QuantizationConfigMixin):
     ):
         self.quant_method = DiteMethod.DITE
         if format_version > FORMAT_VERSION:
-            raise CheckpointError(
-                "the model is from a newer dite", f"format {format_version}; this dite reads up to {FORMAT_VERSION}", "upgrade dite"
-            )
+            why = f"format_version {format_version}; this dite reads up to {FORMAT_VERSION}"
+            raise CheckpointError("the model is from a newer dite", why, "upgrade dite")
         self.format_version = format_version
         self.quantized = layers is not None
         try:
             self.recipe = _recipe(recipe, stored=self.quantized)
-            self.plan = StoredPlan(layers=layers or {}, skipped=skipped or {})
+            self.plan = StoredPlan.model_validate({"layers": layers or {}, "skipped": skipped or {}}, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -78,9 +78,15 @@ class DiteConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """What diffusers calls with a config.json's `quantization_config`."""
-        unknown = sorted(set(config_dict) - set(KEYS))
-        if unknown or type(config_dict.get("format_version", 0)) is not int:
-            why = f"unknown key {unknown[0]}" if unknown else "format_version is not a whole number"
+        unknown, version = sorted(set(config_dict) - set(KEYS)), config_dict.get("format_version", 0)
+        why = f"unknown key {unknown[0]}" if unknown else None
+        if config_dict.get("quant_method") != "dite":
+            why = why or f"quant_method is {config_dict.get('quant_method')!r}, not dite"
+        if type(version) is not int or ("layers" in config_dict and version < 1):
+            why = why or f"format_version is {version!r}; it is a whole number from 1"
+        if "recipe" not in config_dict and not config_dict.get("layers"):
+            why = why or "it lists no layers, and no recipe to make them by"
+        if why:
             raise CheckpointError("quantization_config can't be read", why, "is config.json damaged?")
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
@@ -131,14 +137,7 @@ class DiteQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model, **kwargs) -> None:
         if not self.pre_quantized:
             return
-        for name in self.quantization_config.plan.layers:
-            if not isinstance(_submodule(model, name), nn.Linear):
-                raise CheckpointError(
-                    f"{name} is no linear of {type(model).__name__}",
-                    "quantization_config lists it",
-                    "was the folder made for another diffusers version?",
-                )
-        insert_empty_layers_(model, self.quantization_config.plan.layers)
+        insert_planned_(model, self.quantization_config)
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model, **kwargs) -> None:
@@ -158,6 +157,15 @@ class DiteQuantizer(DiffusersQuantizer):
         check_tensors(model)
         prepare_for_adapters_(model)
 
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        """What `model.dequantize()` of diffusers asks for: plain linears, and nothing that speaks of quantization. Raises UsageError for adapters."""
+        refuse_adapters(model, "dequantized", UNLOAD)
+        dequantize_linears_(model)
+        model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
+        for added in ("quantization_method", "fuse_lora"):
+            model.__dict__.pop(added, None)
+        return model
+
     def get_state_dict_and_metadata(self, state_dict, safe_serialization: bool = False):
         adapted = next((name for name in state_dict if ".base_layer." in name), None)
         if adapted is not None:  # no loader knows such names
@@ -171,6 +179,17 @@ class DiteQuantizer(DiffusersQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True  # adapters are; codes are not
+
+
+def insert_planned_(model: nn.Module, config: DiteConfig) -> None:
+    """Put empty quantized layers where a stored configuration lists them. Raises CheckpointError when it lists something else than linears."""
+    if not config.plan.layers:
+        raise CheckpointError("quantization_config can't be read", "it lists no layers", "is config.json damaged?")
+    for name in config.plan.layers:
+        if not isinstance(_submodule(model, name), nn.Linear):
+            what, why = f"{name} is no linear of {type(model).__name__}", "quantization_config lists it"
+            raise CheckpointError(what, why, "was the folder made for another diffusers version?")
+    insert_empty_layers_(model, config.plan.layers)
 
 
 def mark_quantized_(model: nn.Module, plan: QuantPlan, recipe: QuantRecipe, calibration: dict | None = None) -> None:

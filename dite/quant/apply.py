@@ -57,6 +57,23 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
+@torch.no_grad()
+def dequantize_linears_(model: nn.Module) -> None:
+    """Put a plain linear, with the weights that its codes stand for in the layer's dtype, in the place of every quantized one."""
+    for name, layer in quantized_layers(model).items():
+        bias, like = layer.bias, layer.weight
+        linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias is not None, device=like.device, dtype=like.dtype)
+        linear.weight.copy_(layer.dequantize(like.dtype))
+        if bias is not None:
+            linear.bias.copy_(bias)
+        replace_(model, name, linear.train(layer.training))
+    if "diffusers" in sys.modules:
+        from dite.quant.fused import unfuse_
+
+        for module in model.modules():
+            unfuse_(module)
+
+
 def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` was."""
     parent, _, child = name.rpartition(".")

@@ -25,6 +25,12 @@ def fuse_(module: nn.Module) -> None:
         module.__class__ = fused
 
 
+def unfuse_(module: nn.Module) -> None:
+    """Let `module` be what it was before `fuse_`."""
+    if type(module) in (FusedGELU, FusedAdaLayerNormZero, FusedBlock):
+        module.__class__ = type(module).__bases__[0]
+
+
 def by_its_parents_name(fused: type) -> type:
     """Some of diffusers' options (device maps, caches) find modules by the name or the registration of their class."""
     fused.__name__ = fused.__bases__[0].__name__  # pickles go by __qualname__
