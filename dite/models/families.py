@@ -55,7 +55,7 @@ def _pixart(config, noise: Noise) -> dict:
     conditions = {"resolution": noise(1, 2), "aspect_ratio": noise(1, 1)} if extra else {"resolution": None, "aspect_ratio": None}
     return {
         "hidden_states": noise(1, config.in_channels, size, size),
-        "encoder_hidden_states": noise(1, TEXT_TOKENS, config.caption_channels),
+        "encoder_hidden_states": noise(1, TEXT_TOKENS, config.caption_channels or config.cross_attention_dim),
         "added_cond_kwargs": conditions,
     }
 
