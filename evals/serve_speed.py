@@ -106,32 +106,44 @@ def latency(server: Server, seconds: float) -> list[dict[str, Any]]:
 
 
 def batching(model: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """Requests of 10 to 100 steps arriving at 0.7 of what continuous batches can draw: how long they wait, and until their picture."""
+    """Requests of 10 to 100 steps: how long they wait, and until their picture. At half of what *dynamic* batches can draw, where neither server's
+    queue grows, and at 0.7 of what continuous ones can, which may be more than dynamic ones keep up with."""
     chance = random.Random(0)
     steps = [chance.choice(MIXED_STEPS) for _ in range(10_000)]
 
     def mixed(number: int) -> dict[str, Any]:
         return fields(number) | {"num_inference_steps": steps[number]}
 
-    rows = []
+    loads = {}
     with (
         served(model, *SETTINGS, "--max-queue", "1000", threads=THREADS) as continuous,
         served(model, *SETTINGS, "--max-queue", "1000", "--batching", "dynamic", threads=THREADS) as dynamic,
     ):
-        rate = 0.7 * asyncio.run(closed(continuous.address, 2 * BATCH, 2 * seconds, mixed)).steady
-        for turn in range(rounds):
-            pair = {}
-            for name, server in (("continuous", continuous), ("dynamic", dynamic)):
-                pair[name] = asyncio.run(opened(server.address, rate, seconds, mixed, seed=turn)).row()
-            rows.append(pair)
-            print({name: (row["queue_s"], row["latency_s"]) for name, row in pair.items()}, flush=True)
+        servers = {"continuous": continuous, "dynamic": dynamic}
+        capacity = {name: asyncio.run(closed(one.address, 2 * BATCH, 2 * seconds, mixed)).steady for name, one in servers.items()}
+        for load, rate in {"half_of_dynamic": 0.5 * capacity["dynamic"], "most_of_continuous": 0.7 * capacity["continuous"]}.items():
+            rows = []
+            for turn in range(rounds):
+                pair = {name: asyncio.run(opened(one.address, rate, seconds, mixed, seed=turn)).row() for name, one in servers.items()}
+                rows.append(pair)
+                print(load, {name: (row["queue_s"], row["latency_s"]) for name, row in pair.items()}, flush=True)
+            loads[load] = {"requests_per_second": rate, "of_capacity": {name: rate / most for name, most in capacity.items()}} | _compared(rows)
     return {
-        "what": f"steps {MIXED_STEPS} at random, {rate:.2f} requests a second",
-        "rounds": rows,
+        "what": f"steps {MIXED_STEPS} at random",
+        "capacity": capacity,
+        **loads,
+        "goal": "median wait at most 0.5 of that of dynamic batches, at half of their capacity",
+    }
+
+
+def _compared(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    waits = {name: statistics.median(row[name]["queue_s"]["p50"] for row in rows) for name in ("continuous", "dynamic")}
+    return {
+        "median_wait_s": waits,
         "median_wait_ratio": _ratio(rows, "queue_s", "p50"),
         "median_latency_ratio": _ratio(rows, "latency_s", "p50"),
         "p99_latency_ratio": _ratio(rows, "latency_s", "p99"),
-        "goal": "median wait at most 0.5 of that of dynamic batches",
+        "rounds": rows,
     }
 
 
@@ -225,7 +237,8 @@ def main() -> None:
         print(document["neighbours"], flush=True)
     if "batching" in wanted:
         keep("batching", batching(options.model, options.seconds, options.rounds))
-        print({name: value for name, value in document["batching"].items() if name != "rounds"}, flush=True)
+        for load in ("half_of_dynamic", "most_of_continuous"):
+            print(load, {name: value for name, value in document["batching"][load].items() if name != "rounds"}, flush=True)
 
 
 if __name__ == "__main__":

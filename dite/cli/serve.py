@@ -36,7 +36,7 @@ MicroBatch = Annotated[
     ),
 ]
 Name = Annotated[str | None, typer.Option("--name", help="What clients call the model; MODEL itself, or its folder's name.", show_default=False)]
-Engine = Annotated[str, typer.Option("--engine", help="local, or ray: replicas on a Ray cluster behind one address (needs dite[ray]).")]
+Engine = Annotated[str, typer.Option("--engine", help="local, or ray: replicas on a Ray cluster behind one address (needs dite\\[ray]).")]
 Replicas = Annotated[int, typer.Option("--replicas", help="With --engine ray: how many, each with its own ranks.", min=1)]
 SetServer = Annotated[
     list[str] | None,
@@ -87,6 +87,7 @@ def serve(
     values |= {"nproc": sharing.degree, "mode": mode, "codec": codec, "order": order, "batching": batching, "max_batch": max_batch}
     values |= {"micro_batch": micro_batch, "max_queue": max_queue, "device": device, "dtype": dtype and dtype.value}
     for override in set or []:
+        refuse_a_flags_key(override)
         values = override_key(values, override)
     settings = validate(ServerSettings, values | {"api_key": read_key(api_key_file)}, "server")
     if dry_run:
@@ -102,6 +103,35 @@ def serve(
 
         run(settings, started=lambda url: announce(settings, url, json))
     return 0
+
+
+FLAG_OF = {"model": "MODEL", "api_key": "--api-key-file", "dtype": "--dtype"} | {
+    name: "--" + name.replace("_", "-")
+    for name in (
+        "port",
+        "host",
+        "name",
+        "device",
+        "steps",
+        "guidance",
+        "nproc",
+        "mode",
+        "codec",
+        "order",
+        "batching",
+        "max_batch",
+        "micro_batch",
+        "max_queue",
+    )
+}
+
+
+def refuse_a_flags_key(override: str) -> None:
+    """Raise UsageError for a `--set` of what a flag sets: two places for one setting, and a key in the list of processes."""
+    key = override.partition("=")[0].partition(".")[0].strip()
+    if key in FLAG_OF:
+        why = "a key on the command line can be read by everyone on this machine" if key == "api_key" else "it has a flag of its own"
+        raise UsageError(f"--set can't set {key}", why, f"use {FLAG_OF[key]}")
 
 
 def announce(settings: Any, url: str, as_json: bool) -> None:

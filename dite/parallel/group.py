@@ -62,6 +62,7 @@ class RankGroup:
         self._lost: RankLost | None = None
         self._parts: list[RankGroup] = [] if whole is None else whole._parts
         self._parts.append(self)
+        self._splits: list[tuple[Sequence[Sequence[int]], RankGroup]] = []  # as they were asked for, and this rank's part of each
         self._under_way: WeakSet[Pending] = WeakSet() if whole is None else whole._under_way
 
     @property
@@ -97,14 +98,36 @@ class RankGroup:
 
     def split(self, groups: Sequence[Sequence[int]]) -> RankGroup:
         """The one of `groups` (numbers of ranks, each once) that this rank belongs to. All ranks must call it alike."""
-        mine = None
+        mine = next((members for members in groups if self.rank in members), None)
+        assert mine is not None, f"rank {self.rank} is in none of {groups}"
+        part = RankGroup(mine, self.rank, None, self.timeout_s, self._whole)
+        part._connect(groups)
+        self._whole._splits.append((groups, part))
+        return part
+
+    def _connect(self, groups: Sequence[Sequence[int]]) -> None:
+        """Open the connections of the one of `groups` that this is. All ranks must call it alike."""
         for members in groups:
             with self.waiting("meeting of some ranks"):
                 process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s), backend="gloo") if len(members) > 1 else None
             if self.rank in members:
-                mine = RankGroup(members, self.rank, process_group, self.timeout_s, self._whole)
-        assert mine is not None, f"rank {self.rank} is in none of {groups}"
-        return mine
+                self._group = process_group
+
+    def forget_parts(self) -> None:
+        """What was split off so far is not used any more: `meet_again` leaves it closed. All ranks must call it alike."""
+        self._splits.clear()
+
+    def meet_again(self) -> None:
+        """Open the connections that every rank has closed by `leave`, this group's and those of what was split off it. All ranks must call it alike;
+        one that has not left yet does so first. What was under way is lost. Raises RankLost where they don't all come."""
+        whole = self._whole
+        whole.leave(RankLost("this group is closed", "its ranks meet again", "wait until they have"))
+        whole._under_way.clear()
+        whole._lost = None
+        whole._connect([whole.members])
+        for groups, part in whole._splits:
+            part._connect(groups)
+        whole.barrier()
 
     def all_gather(self, packet: torch.Tensor) -> list[torch.Tensor]:
         """Every member's packet, in their order; all of one length."""
@@ -164,6 +187,11 @@ class RankGroup:
             process_group, part._group = part._group, None
             if process_group is not None:
                 dist.destroy_process_group(process_group)
+
+    @property
+    def ended(self) -> bool:
+        """Whether this rank has left."""
+        return self._whole._lost is not None
 
     def check(self) -> None:
         """Raises RankLost when the group has ended."""

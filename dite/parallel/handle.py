@@ -82,6 +82,7 @@ class Parallel:
         self._remembered: dict[tuple[int, int], Remembered] = {}
         self._runner: Runner | None = None
         self._steps = 0
+        self.broken: set[str] = set()  # names of requests in whose calls ranks have left the group
         self._cfg = self._tokens = None
         if topology.world == 1:
             return
@@ -177,10 +178,38 @@ class Parallel:
         finally:
             self._clock.switch(before)
 
+    @contextmanager
+    def part(self, number: int) -> Iterator[None]:
+        """The call inside is part `number` of one that is made in several, in order; each part has references of its own."""
+        before, self._clock.part = self._clock.part, number
+        try:
+            yield
+        finally:
+            self._clock.part = before
+
     def finish(self, name: str) -> None:
         """Forget a request, done or cancelled."""
         self._clock.finish(name)
+        self.broken.discard(name)
         self._forget()
+
+    def rejoin(self, document: Any) -> list[Any]:
+        """After an error: where it was in a call, and has taken every rank out of the group, meet again; then exchange a JSON document. Returns
+        everyone's.
+
+        All ranks must call it. Requests in `broken` have to be begun anew: a rank was in the middle of a call of theirs. The others go on. Raises
+        RankLost.
+        """
+        if self.group.ended:
+            if self.topology.mode == "displaced":  # packets of all requests were on their way
+                self.broken |= self._clock.names()
+            gone = {self._clock.epoch(name) for name in self.broken}
+            self._remembered = {key: one for key, one in self._remembered.items() if key[0] not in gone}
+            self.group.meet_again()
+        everyone = self.group.gather_json({"latest": self._clock.latest, "broken": sorted(self.broken), "said": document})
+        self._clock.latest = max(one["latest"] for one in everyone)  # a rank may not have come as far as others
+        self.broken = {name for one in everyone for name in one["broken"]}
+        return [one["said"] for one in everyone]
 
     def streams(self) -> list[ResidualStream]:
         """All that is remembered, in an order that is the same on all ranks of a group."""
@@ -235,6 +264,7 @@ class Parallel:
                     self.group.leave(refused)
                 raise  # before any exchange all ranks refuse alike
             except BaseException as error:
+                self.broken.add(self._clock.name)
                 self.group.leave(error)  # half of a call is done: what this rank would send next is not what others wait for
                 raise
 
@@ -286,7 +316,8 @@ class Parallel:
         """Drop what belongs to requests that are over."""
         live = self._clock.epochs()
         for key in [key for key in self._remembered if key[0] not in live]:
-            self._remembered.pop(key).drain()
+            with suppress(DiteError):  # what is still under way belongs to no picture
+                self._remembered.pop(key).drain()
 
 
 def parallelize(
@@ -363,6 +394,7 @@ def _plainly(model: nn.Module, topology: Topology, settings: Settings, group: Ra
         yield
     finally:
         handle._hooks.undo()
+        group.forget_parts()
 
 
 def _codecs(codec: Any) -> tuple[CodecOf, str]:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
-from dite.errors import RankLost
+from dite.errors import RankLost, UsageError
 
 GRACE_S = 10.0  # for the others to say their own error and end, once one has failed
 POLL_S = 0.05
@@ -25,7 +25,11 @@ def environment_ranks() -> tuple[int, int] | None:
     """(rank, world size) that --nproc or torchrun gave this process; None for a process that was started alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    given = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not all(text.isascii() and text.isdigit() for text in given) or not int(given[0]) < int(given[1]):
+        rule = "they are numbers from 0, the first less than the second"
+        raise UsageError(f"RANK {given[0]!r} of WORLD_SIZE {given[1]!r} can't be", rule, "unset both, or start with --nproc or torchrun")
+    return int(given[0]), int(given[1])
 
 
 def start_ranks(count: int, arguments: Sequence[str]) -> int:

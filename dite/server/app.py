@@ -138,12 +138,13 @@ class Routes:
 
     async def page(self, request: Request) -> Response:
         """The three files of the page."""
-        name = request.url.path.strip("/") or "index.html"
+        name = request.scope["path"].strip("/") or "index.html"  # request.url is made of the Host header as well
+        kind = PAGE_TYPES[name]
         try:
             content = (PAGE / name).read_bytes()
         except FileNotFoundError:
             raise Problem(404, "no_page", f"this installation has no {name}") from None
-        return Response(content, headers=PAGE_HEADERS, media_type=PAGE_TYPES[name])
+        return Response(content, headers=PAGE_HEADERS, media_type=kind)
 
     def _model(self) -> dict[str, Any]:
         card = self.service.card
@@ -180,7 +181,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     reason = {404: "there is no such URL", 405: "this URL doesn't take that method"}.get(error.status_code, error.detail)
-    problem = Problem(error.status_code, code, f"{reason}: {request.method[:16]} {request.url.path[:100]}")
+    problem = Problem(error.status_code, code, f"{reason}: {request.method[:16]} {request.scope['path'][:100]}")
     return Json(problem.body(), problem.status, problem.headers() | dict(error.headers or {}))
 
 

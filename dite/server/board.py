@@ -18,7 +18,8 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 NAMESPACE = "dite"
-SILENT_S = 5.0  # a replica that reports nothing for so long is gone
+SILENT_S = 5.0  # a replica that reports nothing for so long isn't counted among those that live
+GONE_S = 30.0
 
 
 class Stage(IntEnum):
@@ -84,6 +85,21 @@ class Board:
         while self._stage <= stage:
             await self._changed.wait()
         return int(self._stage)
+
+
+class Roll:
+    """Who has yet to say that it has drained. One that falls silent may only be busy, or its board may: it is waited for until GONE_S."""
+
+    def __init__(self):
+        self._last: dict[str, tuple[str, float]] = {}
+
+    def hear(self, states: dict[str, str], now: float) -> None:
+        """What replicas say of themselves."""
+        self._last |= {name: (state, now) for name, state in states.items()}
+
+    def is_over(self, now: float) -> bool:
+        """Whether every replica that was ever heard has drained, failed, or is gone."""
+        return bool(self._last) and all(state in ("drained", "failed") or now - at_s > GONE_S for state, at_s in self._last.values())
 
 
 def merged(pages: dict[str, str]) -> bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from dite.sampling import call_parameters, class_ids, takes_classes
 from dite.server.card import ModelCard
 from dite.server.engine import Engine, Failed
 from dite.server.job import ImageRequest
+from dite.server.logs import failure, log
 from dite.server.settings import ServerSettings
 
 ROUNDING = 2e-2  # largest difference of joined calls, relative, that is rounding and no mistake (bfloat16 has 8 bits)
@@ -39,6 +42,7 @@ def card(pipe: Any, shared: Any = None) -> ModelCard:
         default_size_px=(side, side),
         fixed_size="height" not in known,
         multiple_px=getattr(pipe, "vae_scale_factor", 8) * 2,
+        most_side_px=_most_side_px(pipe),
         most_steps=getattr(getattr(pipe.scheduler, "config", None), "num_train_timesteps", 1000),
         takes_guidance="guidance_scale" in known,
         takes_negative_prompt="negative_prompt" in known,
@@ -48,24 +52,42 @@ def card(pipe: Any, shared: Any = None) -> ModelCard:
     )
 
 
-def warm_up(engine: Engine, described: ModelCard, settings: ServerSettings) -> None:
-    """Draw one picture, so that kernels are compiled and connections open; and learn whether calls can be joined.
+def warm_up(engine: Engine, described: ModelCard, settings: ServerSettings) -> ModelCard:
+    """Draw a picture, so that kernels are compiled and connections open; and learn what only drawing tells: how long a step takes, whether calls can
+    be joined, and whether one step is enough for a picture (PixArt's pipeline takes it for a distilled model's, and fails with others).
 
-    In two steps: PixArt's pipeline takes a single one for a distilled model's, and fails with others. Raises what drawing raises: a server that
-    can't draw is not ready.
+    Raises what drawing raises: a server that can't draw is not ready.
     """
     width, height = described.default_size_px
     first = ImageRequest(
         condition="a ship" if described.reads_text else described.class_ids[0], n=1, seed=0, steps=2, guidance=2.0, width_px=width, height_px=height
     )
-    happened = engine.start("warm-up", first)
-    while engine.names:
-        happened += engine.step()
-    failed = next((event for event in happened if isinstance(event, Failed)), None)
-    if failed is not None:
-        raise failed.error
+    error, step_s = _drawn(engine, first)
+    if error is not None:
+        raise error
+    of_one_step, _ = _drawn(engine, replace(first, steps=1))
+    if of_one_step is not None:
+        if engine.interrupted:
+            raise of_one_step  # in the middle of an exchange; a pipeline that can't draw in one step says so outside of them
+        log("one_step_is_not_enough", **failure(of_one_step))
     if engine.joins and settings.batching != "none" and settings.max_batch > 1 and engine.shared is None:
-        engine.joins = engine.joined_equals_alone(replace(first, steps=2), replace(first, steps=3, seed=1)) <= ROUNDING
+        difference = engine.joined_equals_alone(replace(first, steps=2), replace(first, steps=3, seed=1))
+        engine.joins = difference <= ROUNDING
+        if not engine.joins:
+            log("requests_not_joined", why="calls made together differ from calls made alone", by=min(difference, 1e9), allowed=ROUNDING)
+    return replace(described, step_s=step_s, least_steps=1 if of_one_step is None else 2, joins=engine.joins)
+
+
+def _drawn(engine: Engine, request: ImageRequest) -> tuple[BaseException | None, float]:
+    """Draw a request: its error, if it has one, and how long its last step took, decoding and all (as `step_timeout_s` counts it)."""
+    happened, seconds = engine.start("warm-up", request), 0.0
+    while engine.names:
+        began = time.perf_counter()
+        happened += engine.step()
+        seconds = time.perf_counter() - began
+        if engine.interrupted:
+            engine.cancel("warm-up")
+    return next((event.error for event in happened if isinstance(event, Failed)), engine.lost), seconds
 
 
 def encoded(images: torch.Tensor, request: ImageRequest, settings: ServerSettings) -> list[bytes]:
@@ -104,6 +126,15 @@ def _runs_on(pipe: Any) -> str:
     found = stats(pipe)
     widths, backends = ", ".join(found["layers"]), ", ".join(found["backends"])
     return f"{widths} on {backends}" if widths else str(pipe.transformer.dtype).removeprefix("torch.")
+
+
+def _most_side_px(pipe: Any) -> int | None:
+    """Where positions are cut out of a table, as SD3's are, the largest side that it has them for."""
+    embedding = getattr(pipe.transformer, "pos_embed", None)
+    table = getattr(embedding, "pos_embed", None)
+    if not getattr(embedding, "pos_embed_max_size", None) or not isinstance(table, torch.Tensor):
+        return None
+    return math.isqrt(table.numel() // table.shape[-1]) * getattr(embedding, "patch_size", 1) * _pixels_per_latent(pipe)
 
 
 def _default_side_px(pipe: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import re
 import time
 import uuid
 from contextlib import ExitStack
@@ -16,9 +17,10 @@ from dite.server.answers import answer, mistake
 from dite.server.logs import failure, log
 from dite.server.metrics import Metrics
 from dite.server.problems import Problem
-from dite.server.settings import ServerSettings
+from dite.server.settings import ServerSettings, is_loopback
 
-KEYLESS = frozenset({"/health", "/ready", "/", "/page.js", "/page.css"})  # probes, and a page that holds no secrets
+PROBES = frozenset({"/health", "/ready"})
+KEYLESS = PROBES | {"/", "/page.js", "/page.css"}  # a page that holds no secrets
 UNCOUNTED = frozenset({"/health", "/ready", "/metrics"})  # what monitoring itself asks for
 UNLOGGED = UNCOUNTED | {"/v1/status"}  # asked for every few seconds
 PICTURES = "/v1/images/generations"
@@ -55,6 +57,7 @@ class Edge:
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics):
         self.app, self.metrics = app, metrics
         self._key = settings.api_key.get_secret_value().encode() if settings.api_key else None
+        self._hosts = {settings.host, *(name.lower() for name in settings.hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,10 +74,8 @@ class Edge:
 
         try:
             with trace.cleanup:
-                if self._lets_in(scope):
-                    await self.app(scope, receive, sending)
-                else:
-                    await answer(_no_key())(scope, receive, sending)
+                refusal = self._refusal(scope)
+                await (self.app if refusal is None else answer(refusal))(scope, receive, sending)
         except Exception as error:
             trace.status = 500
             log("mistake", request=trace.id, job=trace.job, **failure(error))
@@ -83,12 +84,22 @@ class Edge:
         finally:
             self._record(scope, trace)
 
-    def _lets_in(self, scope: Scope) -> bool:
-        """Whether the request needs no key, or brings it."""
-        if self._key is None or scope["path"] in KEYLESS:
-            return True
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key)
+    def _refusal(self, scope: Scope) -> Problem | None:
+        """None for a request that needs no key, or brings it.
+
+        A server without a key is this machine's own. A web page may give its own name this machine's address (DNS rebinding), and its visitors'
+        browsers would then send it here and let the page read the answer: but under that name. Probes tell nothing, and balancers name any host.
+        """
+        if scope["path"] in PROBES:
+            return None
+        headers = Headers(scope=scope)
+        if self._key is None:
+            name = hostname(headers.get("host", "localhost"))  # browsers always send one
+            return None if name in self._hosts or is_loopback(name) else _other_host(name)
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scope["path"] in KEYLESS or (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key)):
+            return None
+        return Problem(401, "invalid_api_key", "this server needs its key: send the header Authorization: Bearer KEY")
 
     def _record(self, scope: Scope, trace: Trace) -> None:
         status = trace.status or 500
@@ -108,5 +119,16 @@ class Edge:
         )
 
 
-def _no_key() -> Problem:
-    return Problem(401, "invalid_api_key", "this server needs its key: send the header Authorization: Bearer KEY")
+def hostname(host: str) -> str:
+    """The name or address in a Host header, without its port.
+
+    >>> hostname("LocalHost:8000"), hostname("[::1]:8000"), hostname("127.0.0.1"), hostname("a:b:c")
+    ('localhost', '::1', '127.0.0.1', '')
+    """
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::[0-9]*)?", host.strip().lower())
+    return (found[1] or found[2] or "") if found else ""
+
+
+def _other_host(name: str) -> Problem:
+    rule = "without a key this server answers to localhost, 127.0.0.1 and [::1]"
+    return Problem(403, "unknown_host", f'{rule}, not to "{name[:60]}"; use one of those, start it with --api-key-file, or --set hosts')

@@ -8,8 +8,12 @@ rows of the result. So a request may begin at any step of the others, and have o
     request B             ─ call ┼ forward┼ scheduler ─ call ┼ forward┼ decode ─ done
     request C                             └ prepare  ─ call  ┘        └ ...
 
-All in one thread: torch's modes, thread pools and the exchange between ranks never see a second one. With ranks and a codec that remembers, each
+All in one thread: torch's modes, thread pools and the exchange between ranks never see a second one. (Modes belong to the thread: `no_grad` entered
+in one coroutine and left in another would leak, so every switch to one is made inside one of our own.) With ranks and a codec that remembers, each
 request keeps streams of its own, and its calls aren't joined with others'.
+
+An error in a call that ranks share takes all of them out of their group. `step` then stops half-way; whoever calls it lets the ranks meet again
+(dite.server.agreement), and calls that were not made are made at the next step.
 """
 
 from __future__ import annotations
@@ -24,10 +28,14 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 
+from dite.errors import ExchangeCorrupted, RankLost, RanksDisagree
 from dite.models.access import the_denoiser
 from dite.sampling import Recorder, SampleSettings, call_parameters, draw
 from dite.server.job import ImageRequest
+from dite.server.logs import failure, log
 from dite.server.merge import Call, alike, run
+
+CONSEQUENCES = (RankLost, RanksDisagree, ExchangeCorrupted)  # of what happened on another rank, or to the exchange itself: no request's own fault
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class _Slot:
     def __init__(self, name: str, request: ImageRequest, pipe: Any, template: Any, started: Callable[[int], None]):
         self.name, self.request = name, request
         self.call: Call | None = None
+        self.calls = 0  # that have been answered
         self.images: torch.Tensor | None = None
         self.recorder = Recorder(request.n, keep=False)
         self.reported = 0
@@ -93,6 +102,8 @@ class Engine:
         self.shared = shared if shared is not None and shared.topology.world > 1 else None
         # Ranks remember what they last exchanged, request by request; without a codec and in step there is nothing to remember.
         self.joins = self.shared is None or (self.shared.settings.codec == "none" and self.shared.topology.mode not in ("displaced", "pipefusion"))
+        self.apart: set[str] = set()  # requests whose calls aren't joined with others': together, such a call has failed on all ranks
+        self.lost: Exception | None = None  # why this rank has left its group, where that was no fault of a request known by name
         self._template = copy.deepcopy(pipe.scheduler) if scheduler is None else scheduler
         self._slots: dict[str, _Slot] = {}
         self._hub = getcurrent()
@@ -110,6 +121,16 @@ class Engine:
             vars(self.model).pop("forward", None)
         else:
             self.model.forward = self._own
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether this rank has left its group."""
+        return self.shared is not None and self.shared.group.ended
+
+    @property
+    def at(self) -> dict[str, int]:
+        """How many calls of each request under way have been made."""
+        return {slot.name: slot.calls for slot in self._slots.values()}
 
     @property
     def names(self) -> list[str]:
@@ -130,14 +151,17 @@ class Engine:
         self._forget(slot)
 
     def step(self) -> list[Happened]:
-        """One call of the model for every request under way."""
+        """One call of the model for every request under way, or as far as an error in a shared one allows."""
         happened: list[Happened] = []
         waiting = list(self._slots.values())
-        while waiting:
-            together = [slot for slot in waiting if slot is waiting[0] or (self.joins and alike(slot.call, waiting[0].call))]
+        while waiting and not self.interrupted:
+            together = [slot for slot in waiting if slot is waiting[0] or self._joined(slot, waiting[0])]
             waiting = [slot for slot in waiting if slot not in together]
             happened += self._answer(together)
         return happened
+
+    def _joined(self, a: _Slot, b: _Slot) -> bool:
+        return self.joins and not {a.name, b.name} & self.apart and alike(a.call, b.call)
 
     def joined_equals_alone(self, a: ImageRequest, b: ImageRequest) -> float:
         """Largest difference, relative to the largest value, between the results of two requests' calls made together and made alone."""
@@ -160,7 +184,15 @@ class Engine:
             results: list[Any] = self._run(slots)
         except Exception as error:
             if len(slots) > 1:  # one of them may be too large, or broken: the others shall not suffer for it
+                log("joined_call_failed", calls=len(slots), **failure(error))
+                if self.interrupted:
+                    self.apart.update(slot.name for slot in slots)
+                    self.lost = error.with_traceback(None)
+                    return []
                 return [event for slot in slots for event in self._answer([slot])]
+            if self.interrupted and isinstance(error, CONSEQUENCES):
+                self.lost = error.with_traceback(None)
+                return []
             results = [error]
         return [event for slot, result in zip(slots, results, strict=True) for event in self._go_on(slot, result)]
 
@@ -168,14 +200,15 @@ class Engine:
         with self._request(None if self.joins else slots[0]), torch.no_grad():
             if self.shared is not None and self.joins:
                 self.shared.reset()
-            return run(self._forward, [slot.call for slot in slots], self.micro_batch)
+            part = nullcontext if self.shared is None else self.shared.part
+            return run(self._forward, [slot.call for slot in slots], self.micro_batch, part)
 
     def _go_on(self, slot: _Slot, result: Any) -> list[Happened]:
         """Give a request its result, or throw its error, and let it run to its next call."""
-        slot.call = None
+        slot.call, slot.calls = None, slot.calls + (result is not None)
         try:
             if isinstance(result, BaseException):
-                self._switch(slot, slot.coroutine.throw, result)
+                self._switch(slot, slot.coroutine.throw, type(result), result, result.__traceback__)
             else:
                 self._switch(slot, slot.coroutine.switch, *([] if result is None else [result]))
         except Exception as error:
@@ -195,7 +228,7 @@ class Engine:
     def _switch(self, slot: _Slot, switch: Callable[..., Any], *arguments: Any) -> None:
         before, self._running = self._running, slot
         try:
-            with self._request(slot):
+            with self._request(slot), torch.no_grad():
                 switch(*arguments)
         finally:
             self._running = before
@@ -217,6 +250,7 @@ class Engine:
             self.shared.begin(steps)
 
     def _forget(self, slot: _Slot) -> None:
+        self.apart.discard(slot.name)
         if self.shared is not None and not self.joins:
             self.shared.finish(slot.name)
 

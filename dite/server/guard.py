@@ -133,6 +133,11 @@ class GuardedProtocol(H11Protocol):
         super().on_response_complete()
         self._look()
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether an answer is being made, or bytes of one have yet to leave."""
+        return (self.cycle is not None and not self.cycle.response_complete) or self.transport.get_write_buffer_size() > 0
+
     def send_400_response(self, msg: str) -> None:
         """Called for bytes that aren't HTTP."""
         if len(self.conn.trailing_data[0]) > HEADER_BYTES:
@@ -178,14 +183,10 @@ class GuardedProtocol(H11Protocol):
             self.transport.close()
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer without the app, and close: at once in our direction, a moment later in theirs."""
+        """Answer without the app, and close: at once in our direction, a moment later in theirs. What has been answered already isn't again."""
         self._refused = True
-        if self.metrics is not None:
-            self.metrics.request_done(problem.status)
-        body = json.dumps(problem.body()).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"} | problem.headers()
-        lines = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}", *(f"{name}: {value}" for name, value in headers.items())]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._say(problem)
         if self.transport.can_write_eof():
             with suppress(OSError):  # the client may have reset the connection already
                 self.transport.write_eof()
@@ -193,3 +194,11 @@ class GuardedProtocol(H11Protocol):
             self.cycle.disconnected = True  # the app has nothing to add
             self.cycle.message_event.set()
         self._await("its leaving", LINGER_S)
+
+    def _say(self, problem: Problem) -> None:
+        if self.metrics is not None:
+            self.metrics.request_done(problem.status)
+        body = json.dumps(problem.body()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"} | problem.headers()
+        lines = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from dite.server.problems import Problem
 
@@ -16,7 +15,8 @@ ATTEMPTS = 2  # a job whose ranks died is drawn once more
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What is to be drawn, checked, with nothing left open: drawn again, it gives the same pictures. Picture i has seed `seed + i`."""
+    """What is to be drawn, checked, with nothing left open: drawn again, it gives the same pictures (to rounding, beside other requests; not so with
+    codec auto, which follows the link). Picture i has seed `seed + i`."""
 
     condition: int | str  # a class id, or a prompt
     n: int
@@ -84,9 +84,7 @@ class Job:
     id: str = ""
     attempts: int = 0
     started_s: float | None = None  # when it was first given to the ranks
-    cancelled: bool = False
     ended: Pictures | Problem | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
     _listeners: list[asyncio.Queue[Event]] = field(default_factory=list)
     _end: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
+from functools import lru_cache
 
 from dite.server.card import ModelCard
 from dite.server.problems import Problem
@@ -11,6 +13,7 @@ from dite.server.problems import Problem
 NEAREST = 5
 COMPARED_CHARS = 64  # of what was asked for; class names are shorter
 ALIKE = 0.55
+SPELLED = 60  # names that share the most pairs of letters: these alone are compared letter by letter
 
 
 def class_id(wanted: int | str, card: ModelCard, param: str) -> int:
@@ -39,15 +42,41 @@ def nearest(text: str, names: list[str]) -> list[str]:
     ['golden retriever', 'flat-coated retriever']
     """
     text = text.casefold()[:COMPARED_CHARS]
-    folded = {name.casefold(): name for name in names}
+    index = _index(tuple(names))
     words = {word for word in _words(text) if len(word) > 2}
     sentence = f" {' '.join(_words(text))} "
-    inside = [name for name in folded if _words(name) and f" {' '.join(_words(name))} " in sentence]
-    shared = {name: len(words.intersection(_words(name))) for name in folded}
-    sharing = sorted((name for name in folded if shared[name]), key=lambda name: -shared[name])
-    alike = difflib.get_close_matches(text, folded, n=NEAREST, cutoff=ALIKE)
+    shared = Counter(name for word in words for name in index.by_word.get(word, ()))
+    inside = [name for name in shared if f" {' '.join(_words(name))} " in sentence]
+    inside += [name for name in index.short if f" {' '.join(_words(name))} " in sentence]
+    sharing = sorted(shared, key=lambda name: (-shared[name], index.folded[name][0]))
+    pairs = Counter(name for pair in _pairs(text) for name in index.by_pair.get(pair, ()))
+    alike = difflib.get_close_matches(text, [name for name, _ in pairs.most_common(SPELLED)], n=NEAREST, cutoff=ALIKE)
     likeliest = [*sorted(inside, key=len, reverse=True), *alike[:1], *sharing, *alike[1:]]
-    return [folded[name] for name in dict.fromkeys(likeliest)][:NEAREST]
+    return [index.folded[name][1] for name in dict.fromkeys(likeliest)][:NEAREST]
+
+
+class _Index:
+    """Names by what they are made of: thousands of them can't be compared letter by letter while everybody else waits."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.folded = {name.casefold(): (place, name) for place, name in enumerate(names)}
+        self.by_word: dict[str, list[str]] = {}
+        self.by_pair: dict[str, list[str]] = {}
+        self.short = [name for name in self.folded if _words(name) and all(len(word) <= 2 for word in _words(name))]
+        for name in self.folded:
+            for word in dict.fromkeys(_words(name)):
+                self.by_word.setdefault(word, []).append(name)
+            for pair in _pairs(name):
+                self.by_pair.setdefault(pair, []).append(name)
+
+
+@lru_cache(maxsize=4)
+def _index(names: tuple[str, ...]) -> _Index:
+    return _Index(names)
+
+
+def _pairs(text: str) -> set[str]:
+    return {text[at : at + 2] for at in range(len(text) - 1)}
 
 
 def _words(text: str) -> list[str]:

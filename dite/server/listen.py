@@ -14,8 +14,9 @@ from typing import Any
 from dite.errors import DiteError, UnsupportedEnvironment, UsageError
 from dite.server.settings import ServerSettings
 
-GRACE_S = 5.0  # for answers that are on their way when everything else has ended
+GRACE_S = 5.0  # for answers that are on their way when everything else has ended; those of an orderly end get what is left of drain_timeout_s
 BACKLOG = 2048
+POLL_S = 0.02
 
 Started = Callable[[str], None]
 
@@ -108,9 +109,13 @@ class Listening:
         log("listening", url=self.url, model=self.settings.served_name)
         try:
             await asyncio.wait({ranks, waiting, http}, return_when=asyncio.FIRST_COMPLETED)
+            drained, until = True, loop.time() + GRACE_S
             if waiting.done() and not ranks.done():
-                await _first(service.drain(), abort.wait(), ranks)
+                until = max(until, loop.time() + self.settings.drain_timeout_s)
+                drained = await _first(service.drain(), abort.wait(), ranks) is not False
             service.abort()
+            # Everything has its end; now clients read it, at their own pace. Slow ones are dropped after send_timeout_s, as ever.
+            await _first(_answered(server, until), abort.wait(), ranks)
         finally:
             ready.cancel()
             waiting.cancel()
@@ -125,6 +130,9 @@ class Listening:
             raise error
         if abort.is_set():
             raise DiteError("the server was stopped by a second signal", "requests under way were answered with 503", "one SIGTERM lets them finish")
+        if not drained:
+            rule = f"drain_timeout_s is {self.settings.drain_timeout_s:g}, and those that took longer were answered with 503"
+            raise DiteError("the server was stopped before everything it had accepted was drawn", rule, "allow more, or accept less (--max-queue)")
 
     async def _announce(self, service: Any) -> None:
         while not service.is_ready:
@@ -133,11 +141,20 @@ class Listening:
             self.started(self.url)
 
 
-async def _first(*awaitables: Any) -> None:
+async def _first(*awaitables: Any) -> Any:
+    """Wait for one of them; the result of the first of all, None where it isn't done."""
     tasks = [asyncio.ensure_future(one) for one in awaitables]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks[:-1]:  # the last one is somebody else's
         task.cancel()
+    return tasks[0].result() if tasks[0].done() and not tasks[0].cancelled() else None
+
+
+async def _answered(server: Any, until: float) -> None:
+    """Until no connection has an answer on its way, or it is too late. New requests are still answered: with 503."""
+    clock = asyncio.get_running_loop().time
+    while any(one.is_answering for one in server.server_state.connections) and clock() < until:
+        await asyncio.sleep(POLL_S)
 
 
 def _http(app: Any, service: Any) -> Any:

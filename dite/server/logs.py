@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PRIVATE = frozenset({"prompt", "negative_prompt", "condition"})
-FRAMES = 8  # of a failure's traceback, the innermost
+FRAMES = 12  # of a failure's traceback, the innermost
+HOLLOW = ("_wrapped_call_impl", "_call_impl")  # two frames of torch's for every module
 
 
 def log(event: str, /, **facts: Any) -> None:
@@ -27,7 +28,7 @@ def log(event: str, /, **facts: Any) -> None:
 
 def failure(error: BaseException) -> dict[str, Any]:
     """An unexpected error as facts: its type and where it was raised. Not its message, which may quote what a client sent."""
-    frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name not in HOLLOW][-FRAMES:]
     return {"error": type(error).__name__, "where": [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]}
 
 

@@ -12,6 +12,7 @@ What isn't a row of the batch (FLUX's positions, sizes, flags) has to be equal; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +94,14 @@ def _has_rows(name: str, value: torch.Tensor, rows: int) -> bool:
     return value.dim() > 0 and len(value) == rows and name not in WITHOUT_ROWS
 
 
-def run(forward: Callable[..., Any], calls: Sequence[Call], micro_batch: int | None = None) -> list[Any]:
+def run(
+    forward: Callable[..., Any],
+    calls: Sequence[Call],
+    micro_batch: int | None = None,
+    part: Callable[[int], AbstractContextManager] = nullcontext,
+) -> list[Any]:
     """The result of each of some calls that are alike, from one forward of them all; with `micro_batch`, from forwards of exactly so many rows, the
-    last one padded."""
+    last one padded. Forward i of those is made inside `part(i)`: to ranks that remember what they exchanged, they are no calls of their own."""
     whole = join(calls)
     if micro_batch is None:
         result = forward(**whole.arguments)
@@ -103,7 +109,8 @@ def run(forward: Callable[..., Any], calls: Sequence[Call], micro_batch: int | N
         parts = []
         for start in range(0, whole.rows, micro_batch):
             numbers = torch.arange(start, start + micro_batch).clamp(max=whole.rows - 1)
-            parts.append(_first(forward(**take(whole, numbers).arguments)))
+            with part(start // micro_batch):
+                parts.append(_first(forward(**take(whole, numbers).arguments)))
         result = _like(torch.cat(parts)[: whole.rows], whole.arguments)
     pieces, start = [], 0
     for call in calls:

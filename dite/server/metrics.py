@@ -21,7 +21,7 @@ class Metrics:
             "dite_request_seconds", "From a request for pictures to the end of its answer", buckets=SECONDS, registry=registry
         )
         self._queue_depth = Gauge("dite_queue_depth", "Jobs that wait", registry=registry)
-        self._queue_wait = Histogram("dite_queue_wait_seconds", "From a job's arrival to its first step", buckets=SECONDS, registry=registry)
+        self._queue_wait = Histogram("dite_queue_wait_seconds", "From a job's arrival until ranks get it", buckets=SECONDS, registry=registry)
         self._step_seconds = Histogram("dite_step_seconds", "One step of all pictures drawn together", buckets=STEP_SECONDS, registry=registry)
         self._batch_size = Histogram("dite_batch_size", "Pictures drawn together in a step", buckets=PICTURES, registry=registry)
         self._images = Counter("dite_images", "Pictures finished", registry=registry)

@@ -8,7 +8,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -169,6 +169,7 @@ def read_request(
         raise Problem(404, "model_not_found", message, param="model")
     limits = settings.limits
     most_steps = min(limits.steps, card.most_steps)
+    allowed_steps = min(card.least_steps, most_steps), most_steps
     steps = fields.num_inference_steps
     width_px, height_px = _sides_px(fields.size, card, limits.pixels_px)
     for name in ("partial_images", "progress"):
@@ -180,7 +181,7 @@ def read_request(
         condition=_condition(fields, card, limits.prompt_chars),
         n=_within("n", fields.n, 1, limits.images),
         seed=new_seed() if fields.seed is None else _within("seed", fields.seed, 0, SEEDS - 1),
-        steps=min(settings.steps, most_steps) if steps is None else _within("num_inference_steps", steps, 1, most_steps),
+        steps=max(card.least_steps, min(settings.steps, most_steps)) if steps is None else _within("num_inference_steps", steps, *allowed_steps),
         guidance=_guidance(fields, card, settings.guidance),
         width_px=width_px,
         height_px=height_px,
@@ -188,6 +189,7 @@ def read_request(
         output_format=fields.output_format,
         partial_images=_within("partial_images", fields.partial_images, 0, MOST_PARTIAL_IMAGES),
     )
+    _soon_enough(request, card, settings.step_timeout_s)
     return Asked(request, fields.stream, fields.progress, fields.timeout_s)
 
 
@@ -273,9 +275,20 @@ def _sides_px(size: str, card: ModelCard, most_px: int) -> tuple[int, int]:
     width, height = int(sides[1]), int(sides[2])
     if width % card.multiple_px or height % card.multiple_px:
         raise invalid("size", f"both sides of size must be multiples of {card.multiple_px}, not {size}")
+    if card.most_side_px is not None and max(width, height) > card.most_side_px:
+        raise invalid("size", f"both sides of size must be at most {card.most_side_px}, which is what this model has positions for, not {size}")
     if width * height > most_px:
         raise invalid("size", f"size must have at most {most_px} pixels; {size} has {width * height}")
     return width, height
+
+
+def _soon_enough(request: ImageRequest, card: ModelCard, most_s: float) -> None:
+    """Refuse what would be taken for a rank that hangs, and would end as one."""
+    seconds = card.seconds(request)
+    if seconds > most_s:
+        what = f"a step of {request.n} pictures of {_size(request)} would take about {seconds:.0f} s here, and {most_s:g} s are the most"
+        alone = card.seconds(replace(request, n=1))
+        raise invalid("n" if alone <= most_s else "size", f"{what}; ask for fewer or smaller ones (step_timeout_s is the server's setting)")
 
 
 def _within(name: str, value: Any, low: int, high: int) -> Any:

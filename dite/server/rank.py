@@ -1,7 +1,8 @@
 """A rank's process: loads the model, draws what it is told to, and ends with its parent.
 
 Ranks wait on their pipes, never inside an exchange. Before every step rank 0 tells the others which requests begin and which are called off, so that
-all of them always make the same calls; only it answers. Whatever goes wrong between ranks ends the process: the supervisor starts all of them anew.
+all of them always make the same calls; only it answers. A request that fails in a call that ranks share is answered for, and they meet again
+(dite.server.agreement); whatever else goes wrong between them ends the process, and the supervisor starts all of them anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dite.errors import DiteError, NonFiniteOutput
+from dite.errors import DiteError
+from dite.server.agreement import agreed, in_words, settle, told
 from dite.server.card import ModelCard
 from dite.server.frames import Channel
 from dite.server.job import ImageRequest
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
 
 PLAN_BYTES = 4096
 HEARTBEAT_S = 0.5
-# CUDA, torch on Windows, torch on Linux, C++, cuBLAS
-MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "alloc_failed")
 PR_SET_PDEATHSIG = 1
 
 
@@ -57,6 +57,11 @@ class Rank:
 
     def load(self) -> ModelCard:
         """Load, share out, warm up."""
+        import torch
+
+        # For this thread and for good: coroutines that enter `no_grad` and leave it in turns would else switch each other's gradients on, and a
+        # decoder's graph takes several times its memory.
+        torch.set_grad_enabled(False)
         from dite.models.load import load_pipeline
         from dite.sampling import unwrap
         from dite.server.describe import card, warm_up
@@ -74,9 +79,7 @@ class Rank:
             )
         self.engine = Engine(pipe, micro_batch=settings.micro_batch, shared=self.shared, scheduler=_unwatched(scheduler))
         described = card(pipe, self.shared)
-        if self._draws:
-            warm_up(self.engine, described, settings)
-        return described
+        return warm_up(self.engine, described, settings) if self._draws else described
 
     @property
     def _draws(self) -> bool:
@@ -117,7 +120,33 @@ class Rank:
                 self._answer({"type": "ended", "job": name})
         pictures = sum(self.drawing[name].request.n for name in self.engine.names)
         happened += self.engine.step()
+        if self._together and not agreed(self.shared.group, self.engine.at):
+            happened = self._settle(happened)
         self._report(happened, pictures, time.perf_counter() - started)
+
+    def _settle(self, happened: list[Happened]) -> list[Happened]:
+        """After an error in a shared call: go on with all other ranks. Answers for requests that have failed; returns what happened to the others."""
+        from dite.server.engine import Failed, Finished
+
+        failed = {event.name: self._told(event) for event in happened if isinstance(event, Failed)}
+        finished = [event.name for event in happened if isinstance(event, Finished)]
+        happened[:] = [event for event in happened if not isinstance(event, Failed)]  # in place: an error keeps the memory that its call had
+        verdict = settle(self.shared, self.engine, list(self.drawing), failed, finished)
+        if self.number == 0:
+            log("ranks_settled", failed=list(verdict.failed), begun_anew=verdict.again)
+        for name, error in verdict.failed.items():
+            self.engine.cancel(name)
+            self._fail(name, error)
+        if self.number:  # rank 0 has yet to deliver them
+            for name in verdict.finished:
+                self.engine.cancel(name)
+                self.drawing.pop(name, None)
+        kept = [event for event in happened if event.name in self.drawing and event.name not in verdict.again]
+        for name in verdict.again:
+            self.engine.cancel(name)
+            kept += self.engine.start(name, self.drawing[name].request)
+        self.engine.apart.update(name for name in verdict.apart if name in self.engine.names)
+        return kept
 
     def _plan(self) -> tuple[list[str], list[str]]:
         if not self._together:
@@ -160,7 +189,7 @@ class Rank:
                 self._deliver(event)
             else:
                 assert isinstance(event, Failed)
-                self._fail(event)
+                self._fail(event.name, self._told(event))
 
     def _show(self, event: Any) -> None:
         """Send partial pictures at evenly spread steps."""
@@ -183,30 +212,20 @@ class Rank:
         try:
             pictures = encoded(event.images, drawn.request, self.settings)
         except Exception as error:  # a size that the format can't hold, say
-            self._fail(Failed(event.name, error))
+            self._fail(event.name, self._told(Failed(event.name, error)))
             return
         seconds = time.perf_counter() - drawn.began_s
         self._answer({"type": "done", "job": event.name, "sizes": [len(one) for one in pictures], "seconds": seconds}, b"".join(pictures))
 
-    def _fail(self, event: Any) -> None:
-        error = event.error
-        self.drawing.pop(event.name, None)
-        lost = self._together and not self._alive()
-        if lost and not isinstance(error, NonFiniteOutput):
-            raise error  # the ranks have lost each other: start anew, and draw this again
-        told = _told(error)
-        memory = isinstance(error, MemoryError) or any(words in str(error).casefold() for words in MEMORY_WORDS)
-        status = getattr(error, "http_status", 500)
-        self._answer({"type": "failed", "job": event.name, "error": told, "status": status, "memory": memory})
-        if lost:
-            raise error
+    def _told(self, event: Any) -> dict[str, Any]:
+        """A failure as it is answered. Its place goes to the log, its words, which may quote a prompt, to its client alone."""
+        if getattr(event.error, "http_status", 500) >= 500 and (self.number == 0 or self.engine.interrupted):
+            log("draw_failed", job=event.name, rank=self.number, **failure(event.error))
+        return told(event.error)
 
-    def _alive(self) -> bool:
-        try:
-            self.shared.group.check()
-        except DiteError:
-            return False
-        return True
+    def _fail(self, name: str, error: dict[str, Any]) -> None:
+        self.drawing.pop(name, None)
+        self._answer({"type": "failed", "job": name} | error)
 
     def _answer(self, message: dict[str, Any], raw: bytes = b"") -> None:
         if self.number == 0:
@@ -253,12 +272,6 @@ def _unwatched(scheduler: Any) -> Any:
     return copy.deepcopy(copied)
 
 
-def _told(error: Exception) -> dict[str, str]:
-    if isinstance(error, DiteError):
-        return error.to_dict()
-    return {"type": type(error).__name__, "what": (str(error).strip().splitlines() or [""])[0][:500], "why": "", "try": ""}
-
-
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process as soon as the one that started it is gone, however it went."""
     if sys.platform == "linux":
@@ -287,15 +300,15 @@ def main() -> None:
     except EOFError:
         pass
     except Exception as error:
-        told = _told(error)
+        said = in_words(error)
         if not isinstance(error, DiteError):
             if described is None:
                 traceback.print_exc()
             else:  # its words may be a client's
-                told["what"] = told["type"]
+                said["what"] = said["type"]
                 log("rank_failed", rank=rank.number, **failure(error))
         with suppress(OSError):
-            channel.send({"type": "died", "error": told, "exit_code": getattr(error, "exit_code", 1)})
+            channel.send({"type": "died", "error": said, "exit_code": getattr(error, "exit_code", 1)})
         os._exit(1)  # threads of an exchange may still wait for ranks that are gone
     os._exit(0)
 

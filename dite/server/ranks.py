@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dite.errors import RankLost
 from dite.parallel.launch import RENDEZVOUS, threads_per_rank
 from dite.server import frames
 from dite.server.card import ModelCard
@@ -27,6 +28,7 @@ from dite.server.logs import failure, log
 from dite.server.settings import ServerSettings
 
 WATCH_S = 0.1
+OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # an operator's; the kernel's too, when there is no memory
 KILL_S = 10.0
 
 OnMessage = Callable[[int, frames.Message, bytes], None]
@@ -45,11 +47,12 @@ class Process:
 
 
 class RanksLost(Exception):
-    """Why the ranks of this start are no more. `error` is what a rank said of it, as DiteError.to_dict gives it."""
+    """Why the ranks of this start are no more. `error` is what a rank said of it, as DiteError.to_dict gives it. `own`: a rank ended by what it did
+    (an error, a crash, a step without end), and not from outside (killed, stopped, or because another one was)."""
 
-    def __init__(self, reason: str, error: dict[str, str] | None = None, exit_code: int = 1):
+    def __init__(self, reason: str, error: dict[str, str] | None = None, exit_code: int = 1, own: bool = False):
         super().__init__(reason)
-        self.reason, self.error, self.exit_code = reason, error, exit_code
+        self.reason, self.error, self.exit_code, self.own = reason, error, exit_code, own
 
 
 class Ranks:
@@ -67,7 +70,7 @@ class Ranks:
 
     async def start(self) -> ModelCard:
         """Start all ranks and wait until they are warm. Raises RanksLost."""
-        settings = self.settings.model_dump(mode="json", exclude={"api_key", "host", "port"})
+        settings = self.settings.model_dump(mode="json", exclude={"api_key", "host", "port", "hosts"})
         for number in range(self.settings.nproc):
             try:
                 process, reader = await self._spawn(number)
@@ -113,7 +116,7 @@ class Ranks:
 
     async def _spawn(self, number: int) -> tuple[Process, asyncio.StreamReader]:
         ours, theirs = socket.socketpair()
-        environment = {"OMP_NUM_THREADS": str(threads_per_rank(self.settings.nproc))} | os.environ
+        environment = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(threads_per_rank(self.settings.nproc))} | os.environ
         if self.settings.nproc > 1:
             world = {"RANK": str(number), "WORLD_SIZE": str(self.settings.nproc), "LOCAL_RANK": str(number)}
             environment |= world | {RENDEZVOUS: str(Path(self._folder.name) / "ranks")}
@@ -141,7 +144,8 @@ class Ranks:
                     if all(one.card for one in self.processes) and len(self.processes) == self.settings.nproc:
                         self._ready.set()
                 elif fields["type"] == "died":
-                    said = RanksLost(f"rank {process.number}: {fields['error']['what']}", fields["error"], fields["exit_code"])
+                    own = fields["error"]["type"] != RankLost.__name__
+                    said = RanksLost(f"rank {process.number}: {fields['error']['what']}", fields["error"], fields["exit_code"], own)
                 else:
                     if fields["type"] == "alive":
                         process.memory_bytes = fields["memory_bytes"]
@@ -151,7 +155,10 @@ class Ranks:
         except Exception as error:  # a mistake of ours: better to start anew than to go on deaf
             log("mistake", rank=process.number, **failure(error))
             said = RanksLost(f"what rank {process.number} said could not be used: {type(error).__name__}")
-        self._lose(said or RanksLost(f"rank {process.number} ended{_how(process.popen)}"))
+        if said is None:
+            how, own = _how(process.popen)
+            said = RanksLost(f"rank {process.number} ended{how}", own=own)
+        self._lose(said)
 
     async def _watch(self) -> None:
         """Miss ranks that stand still. This process may have stood still itself: then nobody is blamed for that time."""
@@ -170,7 +177,7 @@ class Ranks:
                 if now - process.heard_s > limit:
                     self._lose(RanksLost(f"rank {process.number} has said nothing for {limit:g} s"))
             if self.step_due_s is not None and now > self.step_due_s:
-                self._lose(RanksLost(f"a step was not done within {self.settings.step_timeout_s:g} s"))
+                self._lose(RanksLost(f"a step was not done within {self.settings.step_timeout_s:g} s", own=True))
 
     def _lose(self, reason: RanksLost) -> None:
         if not self._lost.done():
@@ -183,9 +190,11 @@ class Ranks:
         ]
 
 
-def _how(popen: subprocess.Popen) -> str:
-    """How a process ended, as far as that is known already."""
+def _how(popen: subprocess.Popen) -> tuple[str, bool]:
+    """How a process ended, as far as that is known already, and whether it did so by itself."""
     with suppress(subprocess.TimeoutExpired):
         code = popen.wait(0.2)
-        return f" by signal {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
-    return ""
+        if code < 0:
+            return f" by signal {signal.Signals(-code).name}", -code not in OUTSIDE
+        return f" with exit code {code}", True
+    return "", False

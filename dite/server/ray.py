@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dite.errors import DiteError, RankLost, UnsupportedEnvironment, UsageError
+from dite.server.board import Roll
 from dite.server.cluster import APPLICATION, Cluster, Share, connected, gist, prepare
 from dite.server.listen import bind
 from dite.server.logs import log
@@ -74,6 +75,7 @@ class Deployment:
         self.settings, self.replicas, self.cluster = settings, replicas, cluster
         self.board: Any = None
         self.stop, self.abort = asyncio.Event(), asyncio.Event()
+        self.roll = Roll()
 
     async def run(self, started: Started) -> None:
         """Until a signal."""
@@ -187,6 +189,8 @@ class Deployment:
         ready = self.replicas
         while not self.stop.is_set():
             states = (await self._look())["states"]
+            self.roll = Roll()  # of those before, Ray may have replaced some
+            self.roll.hear(states, time.monotonic())
             before, ready = ready, list(states.values()).count("ready")
             if ready != before:
                 log("replicas", ready=ready, of=self.replicas)
@@ -203,8 +207,8 @@ class Deployment:
         await self.board.go_on_to.remote(int(Stage.DRAINING))
         deadline, told = time.monotonic() + self.settings.drain_timeout_s + MARGIN_S, False
         while time.monotonic() < deadline:
-            states = (await self._look())["states"]
-            if all(state in ("drained", "failed") for state in states.values()):
+            self.roll.hear((await self._look())["states"], time.monotonic())
+            if self.roll.is_over(time.monotonic()):
                 break
             if self.abort.is_set() and not told:
                 told = True

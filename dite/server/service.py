@@ -1,7 +1,8 @@
 """The server without HTTP: takes requests in, gives them to ranks, and sees to it that each one ends exactly once.
 
 Ranks may die at any moment. What they were drawing is put back at the head of the queue and drawn once more, one request at a time, so that a
-request that kills its ranks is known for it: it is refused the second time, and for a while all others like it.
+request that kills its ranks is known for it: it is refused the second time. For a while so are others like it, where the ranks ended by themselves;
+if they were killed from outside, which on a model of ten classes may happen to anybody, only after the same has happened to a second such request.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dite.server.job import ATTEMPTS, ImageRequest, Job, Partial, Pictures, Prog
 from dite.server.logs import log
 from dite.server.metrics import Metrics
 from dite.server.problems import Problem
-from dite.server.ranks import Ranks
+from dite.server.ranks import Ranks, RanksLost
 from dite.server.settings import ServerSettings
 from dite.server.supervisor import Supervisor
 
@@ -42,6 +43,7 @@ class Service:
         self._running: dict[str, Job] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._quarantine: dict[ImageRequest, float] = {}
+        self._suspects: dict[ImageRequest, float] = {}  # kinds that have lost their ranks twice, which may have been nobody's fault
         self._restarts = self._images = 0
         self._began_s = clock()
         self._idle = asyncio.Event()
@@ -129,7 +131,7 @@ class Service:
             self.metrics.rank(process.number, process.popen.pid, process.memory_bytes)
         self._dispatch()
 
-    def ranks_lost(self, reason: str) -> None:
+    def ranks_lost(self, lost: RanksLost) -> None:
         """Draw again what they were drawing, unless it was their second time."""
         self._ranks = None
         self._restarts += 1
@@ -141,11 +143,9 @@ class Service:
         again = [job for job in running if job.ended is None and job.attempts < ATTEMPTS]
         for job in running:
             if job.ended is None and job.attempts >= ATTEMPTS:
-                self._quarantine[_kind(job.request)] = self.clock() + QUARANTINE_S
-                log("job_quarantined", job=job.id, reason=reason)
-                self._end(
-                    job, Problem(500, "poison", f"the ranks were lost twice while they drew this ({reason}); it will not be tried again", retry=False)
-                )
+                self._suspect(job, lost)
+                told = f"the ranks were lost twice while they drew this ({lost.reason}); it will not be tried again"
+                self._end(job, Problem(500, "poison", told, retry=False))
         self.admission.put_back(again)
         self._settle()
 
@@ -207,12 +207,15 @@ class Service:
             self._running[job.id] = job
             self._count_running()
             self._ranks.send({"type": "start", "job": job.id, "request": asdict(job.request)})
-            self._due()
+            if self._ranks.step_due_s is None:  # whoever joins a step that never ends doesn't give it more time
+                self._due()
         self._settle()
 
     def _fits(self, job: Job, fresh: bool) -> bool:
-        settings = self.settings
-        return self._ranks is not None and fits(settings.batching, settings.max_batch, job, list(self._running.values()), fresh)
+        settings, running = self.settings, list(self._running.values())
+        if self._ranks is None or not fits(settings.batching, settings.max_batch, job, running, fresh):
+            return False
+        return not running or sum(self.card.seconds(one.request) for one in (job, *running)) <= settings.step_timeout_s
 
     def _count_running(self) -> None:
         self.admission.running = sum(job.request.cost for job in self._running.values())
@@ -250,9 +253,17 @@ class Service:
         if not len(self.admission) and not any(job.ended is None for job in self._running.values()):
             self._idle.set()
 
+    def _suspect(self, job: Job, lost: RanksLost) -> None:
+        """Remember what kind of request has just lost its ranks for the second time, alone: the first time others were drawn beside it."""
+        kind, now = _kind(job.request), self.clock()
+        guilty = lost.own or self._suspects.get(kind, now) > now
+        (self._quarantine if guilty else self._suspects)[kind] = now + QUARANTINE_S
+        log("job_quarantined" if guilty else "job_given_up", job=job.id, reason=lost.reason)
+
     def _refuse_poison(self, request: ImageRequest) -> None:
         now = self.clock()
         self._quarantine = {kind: until for kind, until in self._quarantine.items() if until > now}
+        self._suspects = {kind: until for kind, until in self._suspects.items() if until > now}
         if _kind(request) in self._quarantine:
             raise Problem(500, "poison", "a request like this has lost its ranks twice; it is not tried again for a while", retry=False)
 

@@ -36,6 +36,7 @@ class ServerSettings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     api_key: SecretStr | None = None
+    hosts: tuple[str, ...] = ()  # names that a server without a key answers to, besides this machine's own (dite.server.edge says why)
 
     device: str = "cpu"
     dtype: str | None = None

@@ -22,7 +22,7 @@ class Listener(Protocol):
     def ranks_ready(self, ranks: Ranks, card: ModelCard) -> None:
         """They are warm."""
 
-    def ranks_lost(self, reason: str) -> None:
+    def ranks_lost(self, lost: RanksLost) -> None:
         """They are no more; those after them are being started."""
 
     def rank_said(self, rank: int, message: frames.Message, raw: bytes) -> None:
@@ -83,7 +83,7 @@ class Supervisor:
             finally:
                 await asyncio.shield(self.ranks.kill())
             log("ranks_lost", reason=lost.reason, said=lost.error)
-            self.listener.ranks_lost(lost.reason)
+            self.listener.ranks_lost(lost)
             if not self._budget.spend():
                 limit = f"{self.settings.max_restarts} restarts within {self.settings.restart_window_s:g} s are allowed"
                 raise RankLost("the ranks keep dying", f"{limit}; the last time {lost.reason}", "look at the log for what they said")

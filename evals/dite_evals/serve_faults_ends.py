@@ -19,6 +19,7 @@ from dite_evals.serving import READY_S, Answer, Server, alive, call, children, d
 THREADS = 1  # of a rank
 CLIENTS = 12
 BUSY = ("--max-batch", "4", "--max-queue", "8")
+WAITING = 4  # clients when it is told twice
 END_S = 150.0  # ranks that have died just before are started once more
 
 
@@ -122,26 +123,15 @@ async def told_twice(count: int, model: str) -> dict[str, Any]:
     """A second SIGTERM while requests are finished after the first, `count` times."""
     tally, ended_s, codes, orphans = Tally(), [], [], 0
     for _ in range(count):
-        with served(model, "--max-batch", "4", "--set", "limits.steps=1000", threads=THREADS) as server:
-            pids = await server.rank_pids()
-            clients = [asyncio.create_task(draw(server.address, seed=seed, num_inference_steps=1000)) for seed in range(6)]
-            await until(lambda: _is_running(server), READY_S)
-            server.process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.3)
-            still = server.process.poll() is None
-            server.process.send_signal(signal.SIGTERM)
-            began = time.monotonic()
-            with suppress(TimeoutError):
-                await until(lambda: server.process.poll() is not None, END_S)
-            ended_s.append(time.monotonic() - began)
-            codes.append(server.process.poll() if still else 0)
-            for client in clients:
-                tally.count(await client)
-            orphans += sum(map(alive, pids))
+        with served(model, "--max-batch", "2", "--set", "limits.steps=1000", threads=THREADS) as server:
+            one = await abort_of(server, tally)
+        ended_s.append(one.ended_s)
+        codes.append(one.exit_code)
+        orphans += one.orphans
     checks = {
         "ends at once": max(ended_s) <= 5.0,
         "with an error": all(code not in (0, None) for code in codes),
-        "everyone told so": tally.outcomes == {"503 shutting_down": 6 * count},
+        "everyone told so": tally.outcomes == {"503 shutting_down": WAITING * count},
         "no orphans": orphans == 0,
     }
     return verdict(
@@ -154,6 +144,25 @@ async def told_twice(count: int, model: str) -> dict[str, Any]:
         ended_s={"p50": rounded(percentile(ended_s, 0.5)), "most": rounded(max(ended_s))},
         orphans=orphans,
     )
+
+
+async def abort_of(server: Server, tally: Tally) -> Stopped:
+    """The same of a server with up to 1000 steps, which ends it; WAITING replies are counted in `tally`."""
+    pids = await server.rank_pids()
+    clients = [asyncio.create_task(draw(server.address, seed=seed, num_inference_steps=900)) for seed in range(WAITING)]
+    await until(lambda: _is_running(server), READY_S)
+    server.process.send_signal(signal.SIGTERM)
+    unready_s = await until(lambda: _says_503(server), 10)
+    await asyncio.sleep(0.3)
+    still = server.process.poll() is None
+    server.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    with suppress(TimeoutError):
+        await until(lambda: server.process.poll() is not None, END_S)
+    ended_s = time.monotonic() - began
+    for client in clients:
+        tally.count(await client)
+    return Stopped(unready_s, ended_s, server.process.poll() if still else 0, sum(map(alive, pids)), 0)
 
 
 async def _is_running(server: Server) -> bool:
@@ -218,15 +227,21 @@ async def _outlived(pids: list[int]) -> tuple[float, int]:
 
 async def two_servers(count: int, model: str) -> dict[str, Any]:
     """Two servers on one host, two ranks each, asked for `count` pictures at once; and a third that wants the port of the first."""
-    flags, tally, other = ("--nproc", "2", "--codec", "int4"), Tally(), 0
+    flags = ("--nproc", "2", "--codec", "int4")
     with served(model, *flags, threads=THREADS) as first, served(model, *flags, threads=THREADS) as second:
-        for seed in range(count):
-            answers = await asyncio.gather(*(draw(server.address, seed=seed) for server in (first, second)))
-            replies = [tally.count(answer) for answer in answers]
-            other += replies[0].pictures != replies[1].pictures
-        command = [sys.executable, "-m", "dite", "serve", model, "--port", str(first.address[1]), "--json"]
-        refused = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
-        still = read(await draw(first.address))
+        return await neighbours_of(first, second, count, model)
+
+
+async def neighbours_of(first: Server, second: Server, count: int, model: str) -> dict[str, Any]:
+    """The same of two servers of `model` whose pictures don't depend on what is drawn beside them."""
+    tally, other = Tally(), 0
+    for seed in range(count):
+        answers = await asyncio.gather(*(draw(server.address, seed=seed) for server in (first, second)))
+        replies = [tally.count(answer) for answer in answers]
+        other += replies[0].pictures != replies[1].pictures
+    command = [sys.executable, "-m", "dite", "serve", model, "--port", str(first.address[1]), "--json"]
+    refused = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    still = read(await draw(first.address))
     clear = f"port {first.address[1]}" in refused.stdout and "in use" in refused.stdout.lower() and "--port" in refused.stdout
     checks = {
         "both draw": tally.outcomes == {"pictures": 2 * count},

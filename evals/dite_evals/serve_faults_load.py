@@ -9,6 +9,7 @@ import socket
 import statistics
 import struct
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -29,14 +30,15 @@ async def overload(count: int, model: str) -> dict[str, Any]:
         return await overload_of(server, count)
 
 
-async def overload_of(server: Server, seconds: float) -> dict[str, Any]:
-    """The same of a server with the settings USUAL."""
+async def overload_of(server: Server, seconds: float, measured_s: float = 2.0) -> dict[str, Any]:
+    """The same of a server with the settings USUAL; its capacity is measured for `measured_s` at least. With other settings, figures of speed mean
+    little."""
     await draw(server.address, num_inference_steps=STEPS)
-    before = await _capacity(server, max(2.0, seconds / 5))
+    before = await _capacity(server, max(measured_s, seconds / 5))
     running = asyncio.create_task(opened(server.address, EXCESS * before, seconds, lambda number: {"seed": number, "num_inference_steps": STEPS}))
-    goodput = await _images_per_second(server, seconds)
+    goodput = await _images_per_second(server, seconds, over=running.done)
     answers = (await running).answers
-    after = await _capacity(server, max(2.0, seconds / 5))
+    after = await _capacity(server, max(measured_s, seconds / 5))
     tally = Tally()
     for answer in answers:
         tally.count(answer)
@@ -85,23 +87,24 @@ async def _capacity(server: Server, seconds: float) -> float:
     return rate
 
 
-async def _images_per_second(server: Server, seconds: float) -> float:
-    """Over at least so many seconds, from one moment at which pictures were finished to another: a whole batch may end at once."""
+async def _images_per_second(server: Server, seconds: float, over: Callable[[], bool] = lambda: False) -> float:
+    """Over at least so many seconds, from one moment at which pictures were finished to another: a whole batch may end at once. When it is `over`,
+    no more come."""
     first = await _more(server, await _images(server))
     began = time.perf_counter()
     await asyncio.sleep(seconds)
-    last = await _more(server, await _images(server))
+    last = await _more(server, await _images(server), over)
     return (last - first) / (time.perf_counter() - began)
 
 
-async def _more(server: Server, images: int) -> int:
+async def _more(server: Server, images: int, over: Callable[[], bool] = lambda: False) -> int:
     """Wait for more pictures than that; returns how many there are."""
-    await until(lambda: _has_more(server, images), 120, every_s=0.02)
+
+    async def has_more() -> bool:
+        return over() or await _images(server) > images
+
+    await until(has_more, 120, every_s=0.02)
     return await _images(server)
-
-
-async def _has_more(server: Server, images: int) -> bool:
-    return await _images(server) > images
 
 
 async def _images(server: Server) -> int:

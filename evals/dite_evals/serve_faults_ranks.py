@@ -125,7 +125,7 @@ def _only(reply: Reply) -> bytes | None:
 
 
 async def poison(count: int, model: str) -> dict[str, Any]:
-    """A request during which the rank dies both times, `count` times, with an innocent one beside it."""
+    """A request during which the rank crashes both times, `count` times, with an innocent one beside it."""
     with served(model, *LASTING, "--set", "limits.steps=1000", threads=THREADS) as server:
         return await poison_of(server, count)
 
@@ -143,7 +143,7 @@ async def poison_of(server: Server, count: int) -> dict[str, Any]:
         for _ in range(2):
             await until(lambda: _draws(server, 1), READY_S)
             await asyncio.sleep(0.05)
-            os.kill((await server.rank_pids())[0], signal.SIGKILL)
+            os.kill((await server.rank_pids())[0], signal.SIGSEGV)  # as kernels crash; what is killed from outside is nobody's fault
             await until(lambda: _is_down(server), 60)
         guilty.count(await bad)
         refused = await draw(server.address, num_inference_steps=steps, seed=7)
@@ -176,18 +176,18 @@ async def _draws(server: Server, at_least: int) -> bool:
 CRASHES = 2  # restarts that are allowed
 
 
-async def crash_loop(count: int, model: str) -> dict[str, Any]:
+async def crash_loop(count: int, model: str, crashes: int = CRASHES) -> dict[str, Any]:
     """Ranks that never last, `count` times: killed whenever they are there, and (every second time) unable to load a model that has gone."""
     tally, ended_s, late_s, codes = Tally(), [], [], []
     for number in range(count):
         with tempfile.TemporaryDirectory(prefix="dite_faults_") as folder:
             copied = break_class(model, Path(folder) / "model", "broken") if number % 2 else model
-            with served(copied, "--set", f"max_restarts={CRASHES}", "--max-batch", "2", threads=THREADS) as server:
+            with served(copied, "--set", f"max_restarts={crashes}", "--max-batch", "2", threads=THREADS) as server:
                 clients = [asyncio.create_task(draw(server.address, READY_S, seed=seed, num_inference_steps=250)) for seed in range(6)]
                 await until(lambda: _draws(server, 1), READY_S)
                 if number % 2:
                     shutil.rmtree(copied)
-                began, bound = time.monotonic(), (CRASHES + 1) * (2 * server.ready_s + 5.0)
+                began, bound = time.monotonic(), (crashes + 1) * (2 * server.ready_s + 5.0)
                 killing = asyncio.create_task(_keep_killing(server, once=bool(number % 2)))
                 with suppress(TimeoutError):
                     await until(lambda: server.process.poll() is not None, bound)
@@ -204,7 +204,7 @@ async def crash_loop(count: int, model: str) -> dict[str, Any]:
         "with an error of ours": all(name[:3] in ("500", "503") for name in tally.outcomes),
     }
     return verdict(
-        f"after {CRASHES} restarts: exit code ≠ 0 within {CRASHES + 1} × (2 starts + 5 s), everyone who waits answered",
+        f"after {crashes} restarts: exit code ≠ 0 within {crashes + 1} × (2 starts + 5 s), everyone who waits answered",
         count,
         len(tally.lost) + sum(code in (0, None) for code in codes),
         checks,
@@ -233,8 +233,16 @@ async def not_a_number(count: int, model: str) -> dict[str, Any]:
             return await not_a_number_of(server, count)
 
 
+async def not_a_number_on_two_ranks(count: int, model: str) -> dict[str, Any]:
+    """The same where two ranks share a picture: each such request takes both out of their group."""
+    with tempfile.TemporaryDirectory(prefix="dite_faults_") as folder:
+        broken = break_class(model, Path(folder) / "model", "broken")
+        with served(broken, "--max-batch", "4", "--nproc", "2", "--codec", "int4", threads=THREADS) as server:
+            return await not_a_number_of(server, count)
+
+
 async def not_a_number_of(server: Server, count: int) -> dict[str, Any]:
-    """The same of a server of a broken model with a fixed `--micro-batch`."""
+    """The same of a server of a broken model with a fixed `--micro-batch`, or with ranks that remember (whose forwards hold one request each)."""
     bad, good, black, others = Tally(), Tally(), 0, 0
     calm = [_only(good.count(await draw(server.address, seed=seed))) for seed in range(2)]
     for number in range(count):
@@ -274,6 +282,12 @@ HUNGRY = ("--max-batch", "4", "--micro-batch", "16", "--set", f"limits.images={M
 async def out_of_memory(count: int, model: str) -> dict[str, Any]:
     """Requests for which the rank's address space, limited with setrlimit to little more than it has, is too small, `count` times."""
     with served(model, *HUNGRY, threads=THREADS) as server:
+        return await out_of_memory_of(server, count)
+
+
+async def out_of_memory_on_two_ranks(count: int, model: str) -> dict[str, Any]:
+    """The same where two ranks share a picture, and neither has room."""
+    with served(model, *HUNGRY, "--nproc", "2", "--codec", "int4", threads=THREADS) as server:
         return await out_of_memory_of(server, count)
 
 

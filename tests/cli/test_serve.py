@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import signal
 import socket
@@ -117,11 +118,43 @@ def test_a_key_is_asked_for_and_never_shown(model_folder_once, tmp_path):
         (["--codec", "int3"], "int4"),
         (["--mode", "rings"], "ring"),
         (["--api-key-file", "nowhere"], "no key file"),
+        (["--set", f"api_key={KEY}"], "use --api-key-file"),
+        (["--set", "steps=3"], "use --steps"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_starts(run, flags, said):
     outcome = run("serve", "builtin:cifar10-dit", *flags)
     assert outcome.code == 2 and said in outcome.err
+
+
+def test_the_help_names_the_extra_that_ray_needs(run):
+    assert "dite[ray]" in run("serve", "--help").out
+
+
+def test_a_drain_that_takes_too_long_is_no_success(model_folder_once):
+    with served(str(model_folder_once), "--set", "drain_timeout_s=0.3", "--set", "limits.steps=1000") as server:
+        stream = client(server).images.generate(prompt="dog", stream=True, partial_images=1, extra_body={"num_inference_steps": 1000})
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="stopped before these pictures were done"):
+            list(stream)
+        assert server.process.wait(20) == 1 and "drain_timeout_s is 0.3" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_lets_a_slow_client_read_its_answer_to_the_end(model_folder_once):
+    body = json.dumps({"prompt": "ship", "n": 64, "num_inference_steps": 1, "guidance_scale": 1}).encode()
+    lines = ["POST /v1/images/generations HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    with served(str(model_folder_once), "--set", "limits.images=64") as server, socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.connect(server.address)
+        wire.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        head = wire.recv(1024)
+        server.process.send_signal(signal.SIGTERM)
+        got, length = len(head) - head.index(b"\r\n\r\n") - 4, int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        time.sleep(9)
+        while piece := wire.recv(65536):
+            got += len(piece)
+        assert got == length and server.process.wait(20) == 0
 
 
 def test_a_key_that_is_no_secret_is_refused_without_being_shown(run, tmp_path):

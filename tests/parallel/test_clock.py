@@ -78,6 +78,24 @@ def test_the_oldest_of_too_many_requests_are_forgotten():
     assert clock.epochs() == set(range(6, MOST_REQUESTS + 6))
 
 
+def test_parts_of_a_call_are_one_call_however_many_they_are():
+    clock, found = told(), []
+    for timestep in (900, 800):
+        for part in range(3 * MOST_BRANCHES):
+            clock.part = part
+            found += places(clock, [timestep])
+    assert found == [(1, part, step) for step in (0, 1) for part in range(3 * MOST_BRANCHES)]
+
+
+def test_parts_of_the_calls_of_one_step_are_told_apart():
+    clock, found = told(), []
+    for _ in range(2):
+        for part in (0, 1):
+            clock.part = part
+            found += places(clock, [900])
+    assert found == [(1, branch, 0) for branch in range(4)]
+
+
 @pytest.mark.parametrize("inputs", [0, 2**32 - 1])
 def test_a_moment_carries_the_checksum_of_its_inputs(inputs):
     assert told().tick(900, inputs).inputs == inputs

@@ -142,7 +142,7 @@ def until(condition: Callable[[], Any], seconds: float = DEADLINE_S) -> None:
 def request_bytes(body: Any = None, **headers: str) -> bytes:
     """A request for pictures as it goes over the wire."""
     text = json.dumps({"prompt": "cat"} if body is None else body).encode()
-    fields = {"host": "test", "content-type": "application/json", "content-length": str(len(text))} | {
+    fields = {"host": "localhost", "content-type": "application/json", "content-length": str(len(text))} | {
         name.replace("_", "-"): value for name, value in headers.items()
     }
     lines = [f"POST {PATH} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]

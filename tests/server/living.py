@@ -11,6 +11,7 @@ from dite.server.service import Service
 from dite.server.settings import ServerSettings
 
 NOT_A_NUMBER = 7  # drawing this class gives NaN
+UNKNOWN = 5000  # and this one an IndexError inside the model, which has no such class
 
 
 def save_model(folder):

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from starlette.requests import HTTPConnection
 
 from dite.server import app as routes
 from dite.server.app import create_app
@@ -20,6 +21,7 @@ from dite.server.protocol import Fields
 
 KEY = "a key of sixteen and more"
 JSON = {"content-type": "application/json"}
+HOME = "http://localhost"
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def service():
 
 @pytest.fixture
 def client(service):
-    return TestClient(create_app(service))
+    return TestClient(create_app(service), base_url=HOME)
 
 
 @pytest.fixture
@@ -241,7 +243,7 @@ async def ask(service, receive, app=None, sent=None):
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/", "/page.js", "/page.css"])
 def test_probes_and_the_page_need_no_key(path):
-    client = TestClient(create_app(FakeService(api_key=KEY)))
+    client = TestClient(create_app(FakeService(api_key=KEY)), base_url=HOME)
     assert client.get(path).status_code in (200, 404)
 
 
@@ -254,12 +256,42 @@ def test_everything_else_needs_the_key(path):
     assert client.get("http://test" + path, headers={"authorization": f"bearer {KEY}"}).status_code in (200, 404)
 
 
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example", "192.168.1.7", "a b"])
+def test_without_a_key_a_page_under_another_name_gets_nothing(client, service, host):
+    for path in ("/", "/v1/status", "/v1/models", "/metrics", "/nothing"):
+        answer = client.get(path, headers={"host": host})
+        assert answer.status_code == 403 and is_problem(answer.json()) and answer.json()["error"]["code"] == "unknown_host"
+    assert client.post(PATH, json={"prompt": "cat"}, headers={"host": host}).status_code == 403 and not service.jobs
+    assert client.get("/health", headers={"host": host}).status_code == client.get("/ready", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.0.0.9", "[::1]:8000", "[::1]", "box.lan:8000"])
+def test_without_a_key_this_machines_own_names_and_those_set_are_answered_to(host):
+    client = TestClient(create_app(FakeService(hosts=["Box.lan"])), base_url=HOME)
+    assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+def test_with_a_key_any_name_will_do():
+    client = TestClient(
+        create_app(FakeService(api_key=KEY, host="0.0.0.0")), base_url="http://dite.example", headers={"authorization": f"Bearer {KEY}"}
+    )
+    assert client.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("path, status", [("/", 200), ("/page.js", 200), ("/nothing", 404)])
+def test_a_host_header_is_no_part_of_a_files_name(monkeypatch, path, status):
+    client = TestClient(create_app(FakeService(api_key=KEY)), base_url=HOME)
+    monkeypatch.setattr(HTTPConnection, "url", property(lambda _: pytest.fail("the URL is made of the Host header as well")))
+    answer = client.get(path, headers={"host": "x/../../../../../etc/passwd?", "authorization": f"Bearer {KEY}"})
+    assert answer.status_code == status and "root:" not in answer.text
+
+
 def test_without_a_key_any_is_welcome(client):
     assert client.get("/v1/models", headers={"authorization": "Bearer sk-whatever"}).status_code == 200
 
 
 def test_the_model_is_listed_by_its_name_even_one_with_a_slash():
-    client = TestClient(create_app(FakeService(name="me/dit-w4a8")))
+    client = TestClient(create_app(FakeService(name="me/dit-w4a8")), base_url=HOME)
     (listed,) = client.get("/v1/models").json()["data"]
     assert (listed["id"], listed["object"], listed["dite"]["class_ids"]) == ("me/dit-w4a8", "model", list(range(10)))
     assert client.get("/v1/models/me/dit-w4a8").json() == client.get("/v1/models/me%2Fdit-w4a8").json() == listed
@@ -268,7 +300,7 @@ def test_the_model_is_listed_by_its_name_even_one_with_a_slash():
 def test_a_server_that_is_not_ready_is_alive_and_says_so():
     service = FakeService(card=None)
     service.state = "starting"
-    client = TestClient(create_app(service))
+    client = TestClient(create_app(service), base_url=HOME)
     assert client.get("/health").json() == {"status": "alive"} and client.head("/health").status_code == 200
     assert (client.get("/ready").status_code, client.get("/ready").json()) == (503, {"status": "starting"})
     refused = client.post(PATH, json={"prompt": "cat"})

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dite.errors import UnsupportedEnvironment, UsageError
-from dite.server.board import SILENT_S, Board, Stage, merged
+from dite.server.board import GONE_S, SILENT_S, Board, Roll, Stage, merged
 from dite.server.cluster import Share, connected, gist
 from dite.server.metrics import Metrics
 from dite.server.ray import serve_on_ray
@@ -43,6 +43,18 @@ def test_a_replica_that_has_fallen_silent_is_forgotten():
         assert (await board.look())["states"] == {"b": "ready"} and await board.report("b", "ready", "two") == {"b": "two"}
 
     asyncio.run(story())
+
+
+def test_a_board_without_words_is_not_taken_for_replicas_that_have_drained():
+    roll = Roll()
+    assert not roll.is_over(0.0)
+    roll.hear({"a": "ready", "b": "draining"}, 0.0)
+    roll.hear({}, 6.0)
+    roll.hear({"a": "drained"}, 7.0)
+    assert not roll.is_over(7.0) and not roll.is_over(GONE_S)
+    assert roll.is_over(GONE_S + 1)  # b is gone
+    roll.hear({"b": "drained"}, 8.0)
+    assert roll.is_over(8.0)
 
 
 def test_replicas_that_wait_for_a_stage_hear_of_it_whenever_they_ask():

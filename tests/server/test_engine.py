@@ -1,12 +1,24 @@
 """Requests drawn together give what each gives alone."""
 
+import json
+
 import pytest
 import torch
+from fakes import settings
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from living import save_model
 from pipelines import PIPELINES, dit, request
 
+import dite
 from dite.errors import NonFiniteOutput
 from dite.sampling import SampleSettings, sample
+from dite.server.describe import card, warm_up
 from dite.server.engine import Engine, Failed, Finished, Stepped
+from dite.server.problems import Problem
+from dite.server.protocol import read_request
+from dite.server.rank import Rank
 
 
 def drawn(engine, requests, every=1):
@@ -65,6 +77,100 @@ def test_the_pictures_are_those_of_sampling():
     engine.close()
     theirs = [one.image for one in sample(pipe, [3, 3], [5, 6], SampleSettings(6, 2.0, 2))]
     assert torch.equal(ours["a"].images, torch.stack(theirs))
+
+
+def test_the_pictures_of_a_quantized_model_are_those_of_sampling():
+    pipe = dit()
+    dite.quantize(pipe, "w8a8", effort="fast")
+    assert "8" in card(pipe).backend
+    ours, _ = drawn(engine := Engine(pipe, micro_batch=4), {"a": request(3, n=2, seed=5, steps=6), "b": request(1, steps=4)})
+    engine.close()
+    theirs = [one.image for one in sample(pipe, [3, 3], [5, 6], SampleSettings(6, 2.0, 2))]
+    assert torch.equal(ours["a"].images, torch.stack(theirs))
+
+
+@pytest.mark.parametrize("family, least, side_px", [("dit", 1, None), ("pixart", 2, None), ("sd3", 1, 128), ("flux", 1, None)])
+def test_the_card_says_which_steps_and_sides_a_model_can_draw(family, least, side_px):
+    engine = Engine(PIPELINES[family]())
+    found = warm_up(engine, card(engine.pipe), settings())
+    engine.close()
+    assert (found.least_steps, found.most_side_px, found.joins) == (least, side_px, True) and 0 < found.step_s < 10
+
+
+@pytest.fixture(scope="module", params=["pixart", "sd3"])
+def fuzzed(request):
+    engine = Engine(PIPELINES[request.param]())
+    yield engine, warm_up(engine, card(engine.pipe), settings())
+    engine.close()
+
+
+@examples(max_examples=40, deadline=None)
+@given(
+    steps=st.integers(-1, 4),
+    sides=st.tuples(st.integers(-1, 20), st.integers(-1, 20)),
+    n=st.integers(0, 3),
+    guidance=st.sampled_from([-1, 0, 0.5, 1, 1.5, 100, 101]),
+    off=st.sampled_from([0, 0, 0, 1]),
+)
+def test_whatever_is_not_refused_is_drawn(fuzzed, steps, sides, n, guidance, off):
+    engine, known = fuzzed
+    size = "x".join(str(side * known.multiple_px + off) for side in sides)
+    document = {"prompt": "a ship", "num_inference_steps": steps, "size": size, "n": n, "guidance_scale": guidance, "seed": 1}
+    try:
+        asked = read_request(document, known, settings(limits={"images": 2, "steps": 3}))
+    except Problem as problem:
+        assert problem.status == 400
+        return
+    ends, _ = drawn(engine, {"a": asked.request})
+    assert isinstance(ends["a"], Finished) or isinstance(ends["a"].error, NonFiniteOutput), ends["a"].error
+
+
+def test_a_model_whose_joined_calls_differ_says_so_and_draws_one_after_another(capsys):
+    engine = Engine(dit())
+    inner = engine._forward
+    engine._forward = lambda **arguments: inner(**arguments | {"timestep": torch.full_like(arguments["timestep"], arguments["timestep"][0])})
+    found = warm_up(engine, card(engine.pipe), settings())
+    engine.close()
+    assert not engine.joins and not found.joins and '"requests_not_joined"' in capsys.readouterr().err
+
+
+@pytest.fixture
+def _grad_mode():
+    """Put back what a rank switches off."""
+    before = torch.is_grad_enabled()
+    yield
+    torch.set_grad_enabled(before)
+
+
+@pytest.mark.usefixtures("_grad_mode")
+def test_no_request_decodes_with_gradients_whatever_was_begun_before_it(tmp_path):
+    torch.set_grad_enabled(True)
+    rank = Rank(None, settings(model=save_model(tmp_path / "tiny"), batching="none"), 0)  # else the warm-up's own leak would hide it
+    rank.load()
+    decode, seen = rank.engine.pipe.vae.decode, []
+    rank.engine.pipe.vae.decode = lambda *given, **named: seen.append(torch.is_grad_enabled()) or decode(*given, **named)
+    for steps in (2, 4, 6):  # the first one to end switches them on again for the others
+        rank.engine.start(str(steps), request(1, steps=steps))
+    while rank.engine.names:
+        rank.engine.step()
+    rank.engine.close()
+    assert seen == [False] * 3
+
+
+def test_what_failed_is_logged_by_its_place_and_not_by_its_words(capsys):
+    engine = Engine(dit())
+    rank = Rank(None, settings(), 0)
+    rank.engine = engine
+
+    def broken(**arguments):
+        raise ValueError("a secret prompt")
+
+    engine._forward = broken
+    ends, _ = drawn(engine, {"bad": request(2)})
+    engine.close()
+    assert rank._told(ends["bad"])["error"]["what"] == "a secret prompt"
+    (line,) = [json.loads(one) for one in capsys.readouterr().err.splitlines() if "draw_failed" in one]
+    assert (line["job"], line["error"], "secret" in str(line)) == ("bad", "ValueError", False) and "test_engine.py" in line["where"][-1]
 
 
 def test_a_cancelled_request_leaves_the_others_as_they_were():

@@ -66,6 +66,10 @@ def test_no_word_of_a_request_is_logged(visited):
     assert asyncio.run(logs.say(visited, text=False)) > 20 and visited.logged() and not logs.spoken(visited)
 
 
+def test_two_servers_on_one_host_draw_the_same_and_a_taken_port_is_refused(visited, wounded, model):
+    holds(ends.neighbours_of(visited, wounded, 2, model))
+
+
 def test_a_server_that_is_told_to_stop_answers_what_it_has_accepted(visited):
     tally = Tally()
     stopped = asyncio.run(ends.stop_of(visited, 0.5, tally))
@@ -73,24 +77,40 @@ def test_a_server_that_is_told_to_stop_answers_what_it_has_accepted(visited):
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_is_killed_or_stopped_changes_no_picture(wounded, how):
-    holds(ranks.interrupted(wounded, 1, how))
+def test_a_rank_that_is_killed_changes_no_picture(wounded):
+    holds(ranks.interrupted(wounded, 1, signal.SIGKILL))
 
 
-@pytest.mark.chaos
-def test_a_request_that_kills_its_ranks_is_refused_and_others_are_drawn(wounded):
+def test_a_rank_that_is_stopped_changes_no_picture(wounded):
+    holds(ranks.interrupted(wounded, 1, signal.SIGSTOP))
+
+
+def test_a_request_that_crashes_its_ranks_is_refused_and_others_are_drawn(wounded):
     holds(ranks.poison_of(wounded, 1))
 
 
-@pytest.mark.chaos
+def test_a_server_with_too_much_to_do_loses_nothing(wounded):
+    holds(load.overload_of(wounded, 2, measured_s=0.5))
+
+
 def test_a_request_that_needs_too_much_memory_fails_alone(wounded):
-    holds(ranks.out_of_memory_of(wounded, 2, room_bytes=8 * 2**20))
+    holds(ranks.out_of_memory_of(wounded, 1, room_bytes=8 * 2**20))
+
+
+def test_a_second_signal_ends_a_server_at_once(wounded):
+    tally = Tally()
+    stopped = asyncio.run(ends.abort_of(wounded, tally))
+    assert stopped.exit_code not in (0, None) and stopped.orphans == 0 and not tally.lost and tally.outcomes == {"503 shutting_down": ends.WAITING}
+
+
+def test_a_server_whose_ranks_never_last_ends(model):
+    holds(ranks.crash_loop(1, model, crashes=0))
 
 
 @pytest.mark.chaos
-def test_ranks_do_not_outlive_a_server_that_is_killed(wounded):
-    assert asyncio.run(ends.kill_of(wounded))[1] == 0
+def test_ranks_do_not_outlive_a_server_that_is_killed(model):
+    with served(model, threads=1) as server:
+        assert asyncio.run(ends.kill_of(server))[1] == 0
 
 
 @pytest.mark.chaos
@@ -102,6 +122,8 @@ def test_ranks_do_not_outlive_a_server_that_is_killed(wounded):
         (logs.prompts_in_logs, 1),
         (ranks.one_of_two_ranks_killed, 2),
         (ranks.crash_loop, 2),
+        (ranks.not_a_number_on_two_ranks, 2),
+        (ranks.out_of_memory_on_two_ranks, 2),
         (ends.told_twice, 1),
         (ends.supervisor_killed, 3),
         (ends.two_servers, 2),

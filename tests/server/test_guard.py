@@ -1,18 +1,21 @@
 """Clients that are slow, hostile or gone, on real sockets."""
 
+import asyncio
 import contextlib
 import select
 import socket
+import threading
 import time
 
 import pytest
 from fakes import FakeService, answer_on, counted, ended, is_problem, request_bytes, serving, until
 
 from dite.server import guard
+from dite.server.listen import _answered
 from dite.server.logs import adopt
 
 QUICK = {"header_timeout_s": 0.3, "body_timeout_s": 0.3, "send_timeout_s": 0.3, "connections": 8}
-GET = b"GET /health HTTP/1.1\r\nhost: test\r\n\r\n"
+GET = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,13 +79,13 @@ def test_headers_that_began_during_the_answer_before_must_end_too(quick):
 def test_headers_that_are_too_large_are_refused(quick, size):
     with quick.dial() as wire:
         with contextlib.suppress(ConnectionError):
-            wire.sendall(b"GET /health HTTP/1.1\r\nhost: test\r\nx: " + b"y" * size + b"\r\n\r\n")
+            wire.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * size + b"\r\n\r\n")
         status, _, body = answer_on(wire)
         assert (status, body["error"]["code"]) == (431, "headers_too_large") and "16384" in body["error"]["message"]
 
 
 def test_large_headers_are_fine_below_the_limit(quick):
-    with quick.dial(b"GET /health HTTP/1.1\r\nhost: test\r\nx: " + b"y" * 12_000 + b"\r\n\r\n") as wire:
+    with quick.dial(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 12_000 + b"\r\n\r\n") as wire:
         assert answer_on(wire)[0] == 200
 
 
@@ -97,13 +100,38 @@ def test_what_is_not_http_is_refused_and_counted(quick, sent):
 
 
 def test_a_chunk_that_is_no_chunk_is_refused_and_its_request_forgotten(quick):
-    headers = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    headers = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
     before = counted(quick.service, 499)
     with quick.dial(headers + b"2\r\n{}\r\n") as wire:
         time.sleep(0.05)
         wire.sendall(b"not hexadecimal\r\n")
         assert answer_on(wire)[0] == 400
         until(lambda: counted(quick.service, 499) == before + 1)
+
+
+@pytest.mark.parametrize("rest", [b"not hexadecimal\r\n", b"5\r\nhello\r\nnor this\r\n"])
+def test_a_request_that_was_refused_gets_no_second_answer_when_its_body_is_no_http(quick, rest):
+    headers = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: text/plain\r\ntransfer-encoding: chunked\r\n\r\n"
+    with quick.dial(headers) as wire:
+        assert answer_on(wire)[0] == 415
+        before = counted(quick.service, 400)
+        wire.sendall(rest)
+        assert ended(wire) and counted(quick.service, 400) == before
+
+
+def test_an_answer_on_its_way_is_waited_for_and_no_longer_than_allowed(quick, monkeypatch):
+    monkeypatch.setattr(quick.service, "image", b"\0" * 12_000_000)
+    with quick.dial(request_bytes(), receive_buffer_bytes=32_768) as wire:
+        wire.recv(1000)
+        began = time.monotonic()
+        asyncio.run(_answered(quick.server, began + 0.1))
+        assert 0.1 <= time.monotonic() - began < 1
+        waiting = threading.Thread(target=lambda: asyncio.run(_answered(quick.server, began + 10)))
+        waiting.start()
+        while waiting.is_alive():
+            if select.select([wire], [], [], 0.02)[0]:
+                wire.recv(1 << 20)
+        assert time.monotonic() - began < 8
 
 
 def test_one_connection_too_many_is_told_so_and_finds_a_place_later(quick, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from fakes import CARD
 
 from dite.server.card import ModelCard
-from dite.server.labels import class_id, nearest
+from dite.server.labels import SPELLED, class_id, nearest
 from dite.server.problems import Problem
 
 
@@ -54,6 +54,14 @@ def test_a_model_without_names_asks_for_an_id():
 def test_a_name_inside_a_sentence_is_the_nearest():
     assert nearest("a photo of a golden retriever, 4k", list(CARD.classes))[0] == "golden retriever"
     assert nearest("two ships", list(CARD.classes))[0] == "ship" and nearest("concatenate", ["cat"]) == []
+
+
+def test_an_unknown_name_is_compared_letter_by_letter_with_few_of_thousands(monkeypatch):
+    compared = []
+    monkeypatch.setattr("difflib.get_close_matches", lambda text, names, **_: compared.append(len(names)) or [])
+    names = [f"{first}{second} retriever {third}" for first in "bcdfg" for second in ("ear", "ird", "oat", "ish") for third in map(str, range(90))]
+    nearest("golden retreiver", names)
+    assert len(names) == 1800 and compared[0] <= SPELLED
 
 
 def test_looking_for_near_names_among_thousands_is_quick():

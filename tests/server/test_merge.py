@@ -1,5 +1,7 @@
 """Calls are joined where nothing but their rows differs, and cut apart again."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -28,6 +30,13 @@ def test_joined_calls_give_each_its_own_rows(counts, micro_batch):
     calls = [call(rows, seed) for seed, rows in enumerate(counts)]
     for one, result in zip(calls, run(model, calls, micro_batch), strict=True):
         assert torch.equal(result[0], model(**one.arguments)[0])
+
+
+def test_every_forward_of_a_fixed_size_is_made_as_a_part_of_the_call():
+    parts = []
+    run(model, [call(3), call(2, 1)], 2, lambda part: contextlib.nullcontext(parts.append(part)))
+    run(model, [call(3)], None, lambda part: contextlib.nullcontext(parts.append("none")))
+    assert parts == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from fakes import CARD, TEXT_CARD, settings
@@ -35,6 +36,23 @@ def test_every_field_arrives():
     asked = read(document | {"progress": True, "user": "me"}, TEXT_CARD)
     assert asked.request == ImageRequest("a ship", 2, 5, 7, 3.0, 64, 32, "fog", "jpeg", 3)
     assert (asked.stream, asked.progress, asked.timeout_s) == (True, True, 2.5)
+
+
+def test_steps_and_sides_that_the_model_cannot_draw_are_refused_with_the_numbers():
+    card = replace(TEXT_CARD, least_steps=2, most_side_px=1024)
+    one_step, too_wide = refused({"prompt": "x", "num_inference_steps": 1}, card), refused({"prompt": "x", "size": "1040x16"}, card)
+    assert (one_step.status, one_step.param) == (400, "num_inference_steps") and "from 2 to 250, not 1" in one_step.message
+    assert (too_wide.status, too_wide.param) == (400, "size") and "at most 1024" in too_wide.message
+    assert read({"prompt": "x", "size": "1024x1024"}, card, steps=1).request.steps == 2
+
+
+def test_a_request_whose_step_would_be_taken_for_a_hanging_one_is_refused_with_the_numbers():
+    card = replace(TEXT_CARD, step_s=4.0)
+    for asked, param in (({"n": 10, "size": "1024x1024"}, "n"), ({"size": "2048x2048", "n": 1}, "size")):
+        problem = refused({"prompt": "x"} | asked, card)
+        assert (problem.status, problem.param) == (400, param) and re.search(r"about \d+ s here, and 120 s are the most", problem.message)
+    assert read({"prompt": "x", "n": 3, "size": "1024x1024"}, card).request.n == 3
+    assert read({"prompt": "x", "n": 10, "size": "2048x2048"}, TEXT_CARD).request.n == 10
 
 
 def test_null_means_left_out():

@@ -1,6 +1,7 @@
 """Everything accepted ends exactly once, whatever the ranks do. The ranks here are puppets; see test_supervisor for real ones."""
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,14 @@ from dite.server.card import ModelCard
 from dite.server.frames import pack
 from dite.server.job import Pictures, Progress
 from dite.server.problems import Problem
-from dite.server.ranks import Ranks
+from dite.server.ranks import Ranks, RanksLost
 from dite.server.service import Service
 from dite.server.settings import ServerSettings
 
 CARD = ModelCard("DiTPipeline", reads_text=False, classes={"cat": 3}, class_ids=[3], default_size_px=(32, 32))
+
+
+KILLED, CRASHED = RanksLost("rank 0 ended by signal SIGKILL"), RanksLost("rank 0 ended by signal SIGSEGV", own=True)
 
 
 class Puppets:
@@ -142,7 +146,7 @@ async def test_a_request_that_takes_too_long_ends_at_its_deadline(service, ranks
 @story(max_batch=2)
 async def test_what_dead_ranks_were_drawing_is_drawn_once_more_alone_and_before_all_others(service, ranks):
     jobs = [service.submit(request(seed=seed)) for seed in range(3)]
-    service.ranks_lost("killed")
+    service.ranks_lost(KILLED)
     assert not service.is_ready and service.state == "restarting"
     service.ranks_ready(again := Puppets(service), CARD)
     assert again.started == [jobs[0].id] and service.is_ready
@@ -151,18 +155,55 @@ async def test_what_dead_ranks_were_drawing_is_drawn_once_more_alone_and_before_
     assert again.started == [job.id for job in jobs] and [job.ended.attempts for job in jobs] == [2, 2, 1]
 
 
+def lose_twice(service, job, lost):
+    """The job is drawn, its ranks are lost, and those after them as well; new ones are there."""
+    for _ in range(2):
+        assert service._ranks.started[-1] == job.id
+        service.ranks_lost(lost)
+        service.ranks_ready(last := Puppets(service), CARD)
+    return last
+
+
 @story()
-async def test_a_request_whose_ranks_die_twice_is_refused_and_so_are_others_like_it_for_a_while(service, ranks):
-    bad, good = service.submit(request(steps=99)), service.submit(request())
-    service.ranks_lost("killed")
-    service.ranks_ready(Puppets(service), CARD)
-    service.ranks_lost("killed")
-    service.ranks_ready(last := Puppets(service), CARD)
-    last.done(good)
+async def test_a_request_that_crashes_its_ranks_twice_is_refused_and_so_are_others_like_it_for_a_while(service, ranks):
+    good, bad = service.submit(request()), service.submit(request(steps=99))
+    ranks.done(good)
+    lose_twice(service, bad, CRASHED)
     assert problem(bad) == (500, "poison") and bad.ended.headers()["x-should-retry"] == "false" and isinstance(good.ended, Pictures)
     with pytest.raises(Problem, match="lost its ranks"):
         service.submit(request(steps=99, seed=5))
     service.submit(request(steps=98))
+
+
+@story()
+async def test_what_is_killed_from_outside_makes_others_suspect_only_the_second_time(service, ranks):
+    first = service.submit(request(seed=1))
+    lose_twice(service, first, KILLED)
+    second = service.submit(request(seed=2))  # of the same kind, and welcome
+    lose_twice(service, second, KILLED)
+    assert problem(first) == problem(second) == (500, "poison")
+    with pytest.raises(Problem, match="lost its ranks"):
+        service.submit(request(seed=3))
+
+
+@story(step_timeout_s=5)
+async def test_who_joins_a_step_gives_it_no_more_time(service, ranks):
+    service.submit(request())
+    due = ranks.step_due_s
+    await asyncio.sleep(0.01)
+    job = service.submit(request(seed=1))
+    assert due and ranks.step_due_s == due
+    ranks.step(job)
+    assert ranks.step_due_s > due
+
+
+@story(step_timeout_s=3)
+async def test_requests_whose_steps_would_take_too_long_together_take_turns(service, ranks):
+    service.card = replace(CARD, step_s=1.0)
+    jobs = [service.submit(request(seed=seed, n=2)) for seed in range(2)] + [service.submit(request(seed=3))]
+    assert ranks.started == [jobs[0].id]
+    ranks.done(jobs[0])
+    assert ranks.started == [job.id for job in jobs]
 
 
 @story()

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from living import NOT_A_NUMBER, exists, living, pids, save_model, until
+from living import NOT_A_NUMBER, UNKNOWN, exists, living, pids, save_model, until
 from pipelines import request
 
 from dite.errors import RankLost
@@ -44,13 +44,17 @@ def test_a_rank_killed_in_the_middle_of_a_picture_costs_time_and_nothing_else(mo
     asyncio.run(story())
 
 
-def test_a_request_that_draws_nan_fails_by_itself_and_one_called_off_leaves_no_trace(model):
+def test_requests_that_fail_in_what_ranks_share_fail_by_themselves_and_one_called_off_leaves_no_trace(model):
     async def story():
-        async with living(model, nproc=2, mode="ring", codec="int8") as service:
+        async with living(model, nproc=2, mode="ring", codec="int8", max_restarts=0) as service:
             calm = (await asyncio.wait_for(service.submit(request(3, steps=6)).outcome(), 60)).images
-            with pytest.raises(Problem, match="NaN or infinity") as failed:
-                await asyncio.wait_for(service.submit(request(NOT_A_NUMBER)).outcome(), 60)
-            assert failed.value.status == 500
+            for bad in (NOT_A_NUMBER, UNKNOWN, NOT_A_NUMBER, NOT_A_NUMBER, UNKNOWN):
+                neighbour, guilty = service.submit(request(3, steps=6)), service.submit(request(bad))
+                with pytest.raises(Problem, match="NaN or infinity" if bad == NOT_A_NUMBER else "out of range") as failed:
+                    await asyncio.wait_for(guilty.outcome(), 60)
+                pictures = await asyncio.wait_for(neighbour.outcome(), 60)
+                assert failed.value.status == 500 and failed.value.code != "poison"
+                assert (pictures.images, pictures.attempts, service.status()["restarts"]) == (calm, 1, 0)
             gone = service.submit(request(4, steps=900))
             await mid_picture(service, gone)
             service.cancel(gone)
