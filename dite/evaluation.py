@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 Tick = Callable[[str, int, int], None]
 FIDELITY_KEYS = ("n", "psnr.mean", "psnr.p05", "psnr.interval.0", "psnr.interval.1", "ssim", "latent_relative_error", "per_step_error.N", "seconds")
-FID_KEYS = ("fid", "n", "interval.0", "interval.1", "fid_infinity", "fid_corrected", "kid", "precision", "recall", "inception_score", "seconds")
+FID_METRICS = ("fid", "fid_corrected", "fid_infinity", "sfid", "kid", "precision", "recall", "cmmd", "inception_score")
+FID_KEYS = (*FID_METRICS, "n", "interval.0", "interval.1", *(f"{name}_interval.{end}" for name in FID_METRICS[1:] for end in (0, 1)), "seconds")
 
 
-RUN = ("device", "batch_size", "features_only", "force", "command")
+CHANGED = ", changed"  # behind the name of a protocol that was saved with overrides
+RUN = ("device", "batch_size", "features_only", "force", "discard", "command")
 
 
 def evaluate(
@@ -47,8 +49,8 @@ def evaluate(
     `…_interval`; None where it is left out, for the reason in `left_out`), and `features_sha256`, which is the same for the same samples.
     Keys of the protocol (`steps, guidance, dtype, micro_batch`…) given as `changes`, or before them as `key=value` in `overrides`, change it,
     and the result lists what they changed. `device` says where sources are loaded. For FID, `batch_size` is how many samples a shard holds (it
-    changes no result); `features_only` deletes images once their features are stored; `force` measures with too few samples, and discards the
-    shards of a run with other settings. `command` is the command line to put into the report.
+    changes no result); `features_only` deletes images once their features are stored; `force` measures with too few samples; `discard` deletes
+    the shards of a run with other settings. `command` is the command line to put into the report.
 
     Started as several ranks (by `dite ... --nproc N`, `accelerate launch` or torchrun), each rank calls this, draws its part of a FID's samples
     and gets the same figures, the same to the bit whatever their number; rank 0 writes. A pipeline that `parallelize` has shared out is run by all
@@ -99,6 +101,7 @@ class _Job:
     batch_size: int | None = None
     features_only: bool = False
     force: bool = False
+    discard: bool = False
     command: Sequence[str] = ()
     start: float = field(default_factory=time.perf_counter)
 
@@ -139,6 +142,13 @@ class _Job:
         batches = models * -(-self.settings.n // self.settings.micro_batch)
         return {"dry_run": True, "protocol": self.settings.model_dump(), "overrides": self.changed, "micro_batches": batches}
 
+    def _as_run(self) -> dict[str, Any]:
+        """The protocol as it was run: given again, it does the same."""
+        settings = self.settings.model_dump()
+        if self.changed:
+            settings["name"] = f"{settings['name'].removesuffix(CHANGED)}{CHANGED}"
+        return settings | ({"allow_few": True} if self.force and "allow_few" in settings else {})
+
     def finish(self, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
         """Add what every answer says, and write the report."""
         from dite_evals.report import Report, write_report
@@ -146,7 +156,7 @@ class _Job:
         metrics |= {"protocol": self.settings.name, "overrides": self.changed, "seconds": time.perf_counter() - self.start}
         if self.output is None or not self.writes:
             return metrics
-        paths = write_report(Report(metrics=metrics, command=list(self.command), protocol=self.settings.model_dump(), **report), self.output)
+        paths = write_report(Report(metrics=metrics, command=list(self.command), protocol=self._as_run(), **report), self.output)
         return metrics | {"report": paths}
 
 
@@ -206,9 +216,9 @@ def _fid(job: _Job, settings: FidProtocol) -> dict[str, Any]:
         those.wait()  # before a scratch folder goes
     figures = compute_figures(found, extractor, statistics, forced)
     reference = {"reference": statistics.data_name, "reference_n": statistics.moments.n, "reference_sha256": statistics.data_sha256}
-    reference |= {"reference_features": 0 if statistics.features is None else len(statistics.features)}
+    reference |= {"reference_features": 0 if statistics.features is None else len(statistics.features)} | statistics.hashes()
     return job.finish(
-        figures.metrics() | {"extractor": extractor.id},
+        figures.metrics() | {"extractor": extractor.id, "num_features": extractor.num_features},
         {
             "kind": "fid",
             "title": f"FID of {source_name(job.model)}, {settings.name}",
@@ -230,6 +240,8 @@ def open_statistics(source: str | None) -> Any:
         why = "this protocol leaves the reference to you"
         raise UsageError("there is nothing to measure against", why, "make it with `dite eval stats`, then --set statistics=FILE")
     path = Path(source)
+    if path.suffix in (".safetensors", ".npz") and not path.is_file():
+        raise UsageError(f"no statistics at {path}", "the file does not exist", "make it with `dite eval stats`")
     return read_statistics(path if path.is_file() else Path(resolve(source)) / "statistics.safetensors")
 
 
@@ -266,7 +278,7 @@ def _fid_run(job: _Job, settings: FidProtocol, pipe: Any, extractor: Any, folder
         device=pipe.device,
         shard=job.batch_size or 1,
         features_only=job.features_only,
-        force=job.force,
+        discard=job.discard,
         progress=lambda done, total: job.progress("sampling", done, total),
     )
 
@@ -313,23 +325,29 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _resume_key(job: _Job, pipe: Any) -> dict[str, Any]:
     """Everything that an image depends on, N excepted: a longer run goes on from a shorter one."""
+    import diffusers
     import torch
 
+    import dite
     from dite.models.inspect import stats
 
     settings = job.settings.model_dump(include={"steps", "guidance", "seed", "micro_batch", "prompts"})
-    machine = {"device": pipe.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__, "backends": stats(pipe)["backends"]}
-    return settings | machine | {"dtype": dtype_name(pipe), "model": model_digest(pipe)} | _exchange(pipe)
+    card = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else "cpu"
+    tf32 = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) if card != "cpu" else ()
+    machine = {"device": card, "tf32": list(tf32), "threads": torch.get_num_threads(), "backends": stats(pipe)["backends"]}
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "dite": dite.__version__}
+    return settings | machine | versions | {"dtype": dtype_name(pipe), "model": model_digest(pipe)} | _exchange(pipe)
 
 
 def model_digest(pipe: Any) -> str:
-    """SHA-256 over every weight, and every component's configuration, of a pipeline: where it was loaded from doesn't matter."""
+    """SHA-256 over every weight and configuration of a pipeline, its classes among them: where it was loaded from doesn't matter."""
     import hashlib
     import json
 
     import torch
 
-    digest = hashlib.sha256(type(pipe).__name__.encode())
+    own = {key: value for key, value in dict(pipe.config).items() if key not in pipe.components and not key.startswith("_")}
+    digest = hashlib.sha256(f"{type(pipe).__name__} {json.dumps(own, sort_keys=True, default=_as_json)}".encode())
     for name, part in sorted(pipe.components.items()):
         digest.update(f"{name} {type(part).__name__} {json.dumps(_config_of(part), sort_keys=True, default=_as_json)}".encode())
         if isinstance(part, torch.nn.Module):

@@ -96,15 +96,14 @@ def fid(
     nproc: Annotated[
         int | None,
         typer.Option(
-            "--nproc", metavar="N", help="Processes that draw a part of the samples each; changes no result.", min=1, max=1024, show_default=False
+            "--nproc", metavar="N", help="Processes that draw a part of the samples each: the same bits.", min=1, max=1024, show_default=False
         ),
     ] = None,
     features_only: Annotated[
         bool, typer.Option("--features-only", help="Delete images once their features are stored, but for the first 100.")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Measure with no more samples than features, too; discard the samples of a run with other settings.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Measure with no more samples than features, too.")] = False,
+    discard: Annotated[bool, typer.Option("--discard", help="Delete the samples of a run with other settings that are in the way.")] = False,
     output: Output = None,
     fail_if: FailIf = None,
     dtype: options.Precision = None,
@@ -125,7 +124,15 @@ def fid(
     if to_start and not dry_run:
         _check_protocol("fid", protocol, set, changes)
         return start_ranks(degree, context.obj)
-    how = {"device": device, "batch_size": batch_size, "features_only": features_only, "force": force, "output": output, "dry_run": dry_run}
+    how = {
+        "device": device,
+        "batch_size": batch_size,
+        "features_only": features_only,
+        "force": force,
+        "discard": discard,
+        "output": output,
+        "dry_run": dry_run,
+    }
     answer = _measure("fid", model, protocol, set, changes, gates, no_progress, command={"device": device}, **how)
     return 0 if rank else answer  # rank 0 has the same figures, and says them
 
@@ -257,7 +264,7 @@ def _measure(
     **options: Any,
 ) -> Answer:
     _check_protocol(kind, protocol, overrides, changes)
-    again = _again(kind, model, overrides or [], protocol=protocol, **command, **changes)
+    again = _again(kind, model, overrides or [], bool(options.get("force")), protocol=protocol, **command, **changes)
     with progress(no_progress) as tick:
         metrics = dite.evaluate(model, protocol, overrides=overrides or [], progress=tick, command=again, **options, **changes)
     return _planned(metrics) if options["dry_run"] else _answer(metrics, gates)
@@ -270,9 +277,10 @@ def _check_protocol(kind: str, protocol: str, overrides: list[str] | None, chang
     load_protocol(protocol, kind, overrides or [], **changes)
 
 
-def _again(kind: str, model: str, overrides: list[str], **flags: Any) -> list[str]:
+def _again(kind: str, model: str, overrides: list[str], forced: bool, **flags: Any) -> list[str]:
     """The command that measures the same again: without what changes no figure."""
     parts = [part for override in overrides for part in ("--set", override)]
+    parts += ["--force"] if forced else []
     return ["dite", "eval", kind, model, *parts, *(part for key, value in flags.items() if value is not None for part in (f"--{key}", str(value)))]
 
 

@@ -59,8 +59,15 @@ def plan(source: Path, extractor: Extractor | str | None, wanted: Wanted) -> dic
         statistics = collect(source, extractor, replace(wanted, keep=0), lambda _what, _done, _total: None)
         return {"dry_run": True, "does": "read" if source.suffix == ".safetensors" else "import", **statistics.facts()}
     found = open_images(source, wanted.split)
+    check_keep(wanted.keep, len(chosen(found.count, wanted.n)))
     named = extractor.id if isinstance(extractor, Extractor) else extractor
     return {"dry_run": True, "does": "compute", "n": len(chosen(found.count, wanted.n)), "extractor": named, "data": found.name}
+
+
+def check_keep(keep: int, n: int) -> None:
+    """Raise UsageError for more features to keep than there are images."""
+    if keep > n:
+        raise UsageError(f"{keep} features can't be kept", f"there are {n} images, and one vector of each", f"use --keep-features {n} or less")
 
 
 def _is_import(source: Path) -> bool:
@@ -85,6 +92,7 @@ def _import(source: Path, extractor: Extractor | str, wanted: Wanted, progress: 
             raise UsageError("an extractor's id gives no features", f"{wanted.keep} are to be kept", "name an extractor that runs")
         return statistics
     require_width(statistics, extractor)
+    check_keep(wanted.keep, statistics.moments.n)
     if not wanted.keep:
         return statistics
     keep = replace(wanted, n=wanted.keep)

@@ -20,12 +20,13 @@ from dite_evals.report import read_report
 FIGURES = {"fidelity": ("psnr.mean", "psnr.p05", "ssim", "latent_relative_error"), "fid": NAMES}
 PER_SAMPLE = {"psnr.mean": "psnr", "latent_relative_error": "latent_relative_error"}
 DECIDES = {"fidelity": "psnr.mean", "fid": "fid"}
-SETTINGS = ("protocol", "n", "steps", "guidance", "seed", "prompts", "baseline_sha256", "reference_sha256")
+SETTINGS = ("n", "steps", "guidance", "seed", "micro_batch", "prompts", "baseline_sha256", "reference_sha256", "reference_moments_sha256")
+OF_REFERENCE_FEATURES = ("kid", "precision", "recall", "cmmd")
 
 
 def compare_reports(first: Path, second: Path) -> dict[str, Any]:
     """`{kind, rows: [{metric, a, b, difference, interval}], verdict}` of two `report.json`; `interval` of the difference at 95%, None where the
-    reports don't hold what it takes. A metric that either lacks is left out.
+    reports don't hold what it takes. A metric is left out that either lacks, or that was measured against other features of the reference.
 
     Raises UsageError when kind, extractor or settings differ: the difference would then measure the settings.
     """
@@ -37,7 +38,8 @@ def compare_reports(first: Path, second: Path) -> dict[str, Any]:
         why = "; ".join(f"{key} is {facts_a[key]} in A and {facts_b[key]} in B" for key in apart)
         raise UsageError("these reports can't be compared", why, "measure both under one protocol, with the same settings")
     rows = []
-    for metric in FIGURES[a["kind"]]:
+    same = a["configuration"].get("reference_features_sha256") == b["configuration"].get("reference_features_sha256")
+    for metric in (name for name in FIGURES[a["kind"]] if same or name not in OF_REFERENCE_FEATURES):
         left, right = _at(a["metrics"], metric), _at(b["metrics"], metric)
         if left is not None and right is not None:
             rows.append({"metric": metric, "a": left, "b": right, "difference": right - left, "interval": _interval(a, b, metric)})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from dite_evals.extractors import Extractor
-from dite_evals.shards import Shards, Span, begin, claim, digest
+from dite_evals.shards import Shards, Span, alone_in, begin, claim, digest
 from dite_evals.workers import Workers
 
 SHEET = 100  # images that a report shows
@@ -44,7 +45,7 @@ class FidRun:
     device: torch.device | str = "cpu"
     shard: int = 1
     features_only: bool = False
-    force: bool = False
+    discard: bool = False
     progress: Callable[[int, int], None] = lambda _done, _total: None
 
     def features(self) -> dict[str, torch.Tensor]:
@@ -52,11 +53,17 @@ class FidRun:
 
         Raises ResumeConflict, NonFiniteOutput, RankLost, and DiteError for a full disk.
         """
-        stale = claim(self.folder, self.configuration, self.force)
-        self.workers.wait()  # all ranks have looked: either all refuse or none
-        if self.workers.rank == 0:
-            begin(self.folder, self.configuration, stale)
-        self.workers.wait()
+        stale = claim(self.folder, self.configuration, self.discard)
+        self.workers.wait()  # all ranks have looked before one changes anything
+        with alone_in(self.folder) if self.workers.rank == 0 else nullcontext():
+            if self.workers.rank == 0:
+                begin(self.folder, self.configuration, stale)
+            self.workers.wait()
+            claim(self.folder, self.configuration)  # a rank on another kind of machine, or with other threads, would draw other bits
+            self.workers.wait()
+            return self._gather()
+
+    def _gather(self) -> dict[str, torch.Tensor]:
         writes, key = self.workers.writes, {"config": digest(self.configuration)}
         images = Shards(self.folder, key, writes)
         name = f"features-{hashlib.sha256(self.extractor.id.encode()).hexdigest()[:12]}"
@@ -69,10 +76,13 @@ class FidRun:
         for start, stop in mine:
             drawn = self._unit(images, (start, stop), ticks)
             features.write(start, self.extractor.extract_all(drawn, self.device))
-            if self.features_only:
+            if self.features_only and not self.workers.in_step:  # ranks in step may still read them
                 images.drop(max(start, SHEET), stop)
         self.workers.wait()
         features.refresh()
+        if self.features_only and self.workers.rank == 0:  # what was left by ranks in step, and by a run that was killed or kept its images
+            images.refresh()
+            images.drop(SHEET, self.n)
         return features.read(0, self.n)
 
     def sheet(self) -> torch.Tensor | None:

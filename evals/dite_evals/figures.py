@@ -2,7 +2,7 @@
 
     fid, sfid              need the reference's moments, of the features and of the spatial ones
     fid_infinity           the line through FID against 1/N; needs N ≥ 5 (F + 1)
-    fid_corrected          FID less its bias by the jackknife, the other estimate of FID at N → ∞
+    fid_corrected          FID less its bias by the jackknife, the other estimate of FID at N → ∞; needs N ≥ 2 (F + 1)
     kid, precision, recall need features of the reference; cmmd those of CLIP
     inception_score        needs class scores
 
@@ -70,7 +70,8 @@ def compute_figures(found: dict[str, torch.Tensor], extractor: Extractor, statis
     fid = estimate_fid(features, reference, force=force)
     agree_with_torchmetrics(fid.value, features, statistics.moments)
     figures.curve = size_curve(features, reference)
-    figures.estimates |= {"fid": fid, "fid_corrected": fid.corrected()}
+    figures.estimates["fid"] = fid
+    figures.estimates |= _optional(figures, "fid_corrected", lambda: _corrected(fid, features.shape[1]))
     figures.estimates |= _optional(figures, "fid_infinity", lambda: _limit(features, reference, figures.curve, force))
     if statistics.spatial is None or "spatial" not in found:
         figures.left_out["sfid"] = f"{'the reference' if 'spatial' in found else 'the extractor'} has no spatial features"
@@ -102,6 +103,13 @@ def _of_reference_features(figures: Figures, features: torch.Tensor, extractor: 
         figures.left_out["cmmd"] = figures.left_out["kid"]
     else:
         figures.estimates |= _optional(figures, "cmmd", lambda: cmmd(features, statistics.features))
+
+
+def _corrected(fid: Estimate, num_features: int) -> Estimate:
+    if fid.n < 2 * (num_features + 1):
+        why = f"of {num_features} features; FID is no line in 1/N below {2 * (num_features + 1)}, and its interval would hold too seldom"
+        raise UsageError(f"{fid.n} samples are too few for a correction {why}")
+    return fid.corrected()
 
 
 def _limit(features: torch.Tensor, reference: Reference, curve: list[tuple[int, float]], force: bool) -> Estimate:

@@ -204,7 +204,11 @@ def load_inception(weights: str | os.PathLike[str] | None, how: Resize = "legacy
     Raises UsageError without weights or for a pickle, CheckpointError for weights that don't fit, or that give other features.
     """
     if weights is None:
-        raise UsageError("extractor inception needs its weights", "none were given, and dite downloads nothing by itself", f"--weights FILE; {HINT}")
+        raise UsageError(
+            "extractor inception needs its weights",
+            "none were given, and dite downloads nothing by itself",
+            f"--weights FILE, or --set weights=FILE of a protocol; {HINT}",
+        )
     path = Path(weights)
     if not path.is_file():
         raise UsageError(f"no weights at {path}", "the file does not exist", f"check the path; {HINT}")

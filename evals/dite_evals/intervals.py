@@ -78,10 +78,11 @@ class Estimate:
         return self.replicates.inflation * (mean - self.value)
 
     def corrected(self) -> Estimate:
-        """The value less its bias, for N → ∞, with an interval as wide as before around that. The value itself may leave the bounds."""
+        """The value less its bias, for N → ∞, with an interval as wide as before around that; both may leave the bounds."""
         value = self.value - self.bias
         shift = value - math.fsum(self.replicates.values) / len(self.replicates.values)
-        moved = replace(self, value=value, replicates=replace(self.replicates, values=tuple(one + shift for one in self.replicates.values)))
+        values = tuple(one + shift for one in self.replicates.values)
+        moved = replace(self, value=value, bounds=ANY, replicates=replace(self.replicates, values=values))
         return replace(moved, interval=_around(moved))
 
     def at(self, level: float) -> Estimate:

@@ -7,25 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dite.errors import OutputExists
 from dite_evals.model_report_html import render
 from dite_evals.model_schema import ModelDocument
 from dite_evals.model_sections import Block, Section, Table, model_facts, sections, tiles_of
-from dite_evals.report import FILE, check_output
+from dite_evals.report import check_output
 
 
 def check_page(folder: Path) -> None:
     """Raise OutputExists unless `folder` is absent, empty, or holds an earlier page of a model; an evaluation's report is never replaced by one."""
-    check_output(folder)
-    path = folder / FILE
-    if not path.is_file():
-        return
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):
-        kind = None
-    if kind != "model":
-        raise OutputExists(f"{folder} holds another report", f"{FILE} is of kind {kind}, only a model's page may be replaced", "choose another -o")
+    check_output(folder, kinds=("model",))
 
 
 def write_model_report(document: dict[str, Any], folder: Path) -> dict[str, str]:

@@ -6,8 +6,8 @@ arrays are refused, and image arrays are read a few rows at a time.
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dite.errors import CheckpointError
+from dite_evals.shards import write_file
 
 SUFFIX = ".npy"
 MOST_BYTES = 8192**2 * 8  # a covariance of 8192 features
@@ -79,10 +80,9 @@ def read_rows(path: Path, name: str, wanted: Sequence[int]) -> Iterator[np.ndarr
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write atomically: a temporary file beside it, then a rename."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(partial, path)
+    with io.BytesIO() as buffer:
+        np.savez(buffer, **arrays)
+        write_file(path, buffer.getvalue())
 
 
 def _header_of(archive: zipfile.ZipFile, name: str, path: Path) -> Header:

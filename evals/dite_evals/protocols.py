@@ -67,7 +67,7 @@ def load_protocol(
     Raises RecipeError for an unknown name, key or value, and for a protocol that isn't of `kind`.
     """
     values = _values(source)
-    model = _KINDS.get(values.get("kind", ""))
+    model = _KINDS.get(str(values.get("kind", "")))
     if model is None:
         raise RecipeError(
             f"protocol {values.get('name', source)} has no kind", f"kind is {values.get('kind')!r}, it must be fidelity or fid", "add kind: fidelity"

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
+import re
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,9 +22,11 @@ from pydantic import ValidationError
 from dite.errors import CheckpointError, OutputExists
 from dite.outputs import check_writable
 from dite_evals.schema import ADAPTER, SCHEMA_VERSION
+from dite_evals.shards import write_file
 
 FILE = "report.json"
 PROTOCOL = "protocol.yaml"
+OURS = re.compile(r"(report\.(json|html|md)|protocol\.yaml)(\..*partial)?")
 FID_NAMES = {
     "fid": "FID, N = {n}",
     "fid_corrected": "FID for N → ∞, jackknife",
@@ -33,7 +36,7 @@ FID_NAMES = {
     "precision": "precision",
     "recall": "recall",
     "cmmd": "CMMD",
-    "inception_score": "inception score",
+    "inception_score": "inception score, 1 split",
 }
 PACKAGES = ("dite", "torch", "diffusers", "torchmetrics", "safetensors", "transformers")
 
@@ -83,11 +86,26 @@ def environment() -> dict[str, Any]:
     }
 
 
-def check_output(folder: Path) -> None:
-    """Raise OutputExists unless `folder` is absent, empty, or holds an earlier report, which may be replaced."""
+def check_output(folder: Path, kinds: Collection[str] = ("fidelity", "fid")) -> None:
+    """Raise OutputExists unless `folder` is absent, empty, or holds an earlier report of one of `kinds`, or what was left of one."""
     check_writable(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / FILE).is_file():
-        raise OutputExists(f"{folder} is not empty", f"it holds no {FILE}, so it is no report that may be replaced", "choose another -o")
+    foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)) if folder.exists() else []
+    if foreign and not (folder / FILE).is_file():
+        rule = f"it holds no {FILE} but {foreign[0]}, so it is no report that may be replaced"
+        raise OutputExists(f"{folder} is not empty", rule, "choose another -o")
+    kind = _kind(folder / FILE)
+    if kind is not None and kind not in kinds:
+        rule = f"{FILE} is of kind {kind}, only {' or '.join(kinds)} may be replaced"
+        raise OutputExists(f"{folder} holds another report", rule, "choose another -o")
+
+
+def _kind(path: Path) -> str | None:
+    """What a report says that it is of; None where there is none, or it is damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(document.get("kind")) if isinstance(document, dict) else None
 
 
 def write_report(report: Report, folder: Path) -> dict[str, str]:
@@ -107,9 +125,7 @@ def write_report(report: Report, folder: Path) -> dict[str, str]:
     }
     paths = {kind: folder / (f"report.{kind}" if kind != "protocol" else PROTOCOL) for kind in texts}
     for kind, text in texts.items():
-        partial = paths[kind].with_name(paths[kind].name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, paths[kind])
+        write_file(paths[kind], text.encode())
     return {kind: str(path) for kind, path in paths.items()}
 
 
@@ -135,7 +151,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def markdown(document: dict[str, Any]) -> str:
     """The same figures as two tables."""
-    lines = [f"# {document['title']}", "", "| metric | value |", "|---|---|"]
+    lines = [f"# {_cell(document['title'])}", "", "| metric | value |", "|---|---|"]
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in headline(document["metrics"])]
     lines += ["", "| configuration | |", "|---|---|"]
     lines += [f"| {_cell(key)} | {_cell(plain(value))} |" for key, value in document["configuration"].items()]
@@ -158,6 +174,8 @@ def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
             ("samples", str(metrics["n"])),
         ]
     rows = [(FID_NAMES[name].format(n=metrics["n"]), _quoted(metrics, name)) for name in FID_NAMES if metrics.get(name) is not None]
+    if metrics["n"] <= metrics.get("num_features", 0):
+        rows.insert(1, ("warning", f"{metrics['n']} samples of {metrics['num_features']} features: this FID measures mostly how many they are"))
     return [*rows, ("protocol", metrics["protocol"]), ("extractor", short_id(metrics["extractor"]))]
 
 
@@ -183,7 +201,7 @@ def plain(value: Any) -> str:
     """A configuration value as text."""
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False)
-    return "as stored" if value is None else str(value)
+    return "none" if value is None else str(value)
 
 
 def finite(value: Any) -> Any:
@@ -196,4 +214,5 @@ def finite(value: Any) -> Any:
 
 
 def _cell(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+    """Text without Markdown or HTML of its own."""
+    return re.sub(r"([\\|<>\[\]`*#])", r"\\\1", " ".join(str(text).split()))

@@ -48,6 +48,7 @@ class FidMetrics(_Part):
     fid: float
     interval: Interval
     extractor: str
+    num_features: int = Field(default=0, ge=0)
     fid_corrected: float | None = None
     fid_corrected_interval: Interval | None = None
     fid_infinity: float | None = None

@@ -10,10 +10,12 @@ longer run keeps the shards of a shorter one, and shards that overlap agree.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from safetensors.torch import save
 from dite.errors import CheckpointError, DiteError, ResumeConflict
 
 CONFIG = "config.json"
+LOCK = "lock"
 Span = tuple[int, int]
 
 
@@ -32,18 +35,35 @@ def digest(configuration: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
 
 
-def claim(folder: Path, configuration: dict[str, Any], force: bool = False) -> bool:
-    """Whether `folder` holds shards of another configuration, which `force` lets `begin` discard.
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one run, until it ends in whatever way. Raises ResumeConflict while another run holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ResumeConflict(f"{folder} is in use", f"{holder} draws into it", "wait for it, or choose another -o") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
 
-    Changes nothing, so that every rank can ask before one begins. Raises ResumeConflict for another configuration without `force`, and for a folder
-    that is not ours.
+
+def claim(folder: Path, configuration: dict[str, Any], discard: bool = False) -> bool:
+    """Whether `folder` holds shards of another configuration, which `discard` lets `begin` delete.
+
+    Changes nothing, so that every rank can ask before one begins. Raises ResumeConflict for another configuration without `discard`, and for a
+    folder that is not ours.
     """
     found = _found(folder)
     if found is None or found == configuration:
         return False
-    if not force:
+    if not discard:
         raise ResumeConflict(
-            f"{folder} belongs to a run with other settings", _differences(found, configuration), "use --force to begin anew, or another -o"
+            f"{folder} belongs to a run with other settings", _differences(found, configuration), "use --discard to begin anew, or another -o"
         )
     return True
 
@@ -65,7 +85,7 @@ class Shards:
         self.folder = folder
         self.facts = dict(facts)
         self.writes = writes
-        self._spans = dict(_span(path) for path in sorted(folder.glob("shard-*.safetensors")))
+        self._spans = self._look()
         self._last: tuple[Path, dict[str, torch.Tensor]] | None = None
 
     def covers(self, start: int, stop: int) -> bool:
@@ -116,8 +136,11 @@ class Shards:
 
     def refresh(self) -> None:
         """See what others have written."""
-        self._spans = dict(_span(path) for path in sorted(self.folder.glob("shard-*.safetensors")))
+        self._spans = self._look()
         self._last = None
+
+    def _look(self) -> dict[Path, Span]:
+        return dict(_span(path, self.facts) for path in sorted(self.folder.glob("shard-*.safetensors")))
 
     def _rows(self, path: Path, first: int, last: int) -> dict[str, torch.Tensor]:
         if self._last is None or self._last[0] != path:
@@ -138,11 +161,13 @@ def write_file(path: Path, data: bytes) -> None:
         raise DiteError(f"can't write {path}", why, "make room and run the same command again: what is drawn is kept") from error
 
 
-def _span(path: Path) -> tuple[Path, Span]:
+def _span(path: Path, facts: Mapping[str, str]) -> tuple[Path, Span]:
     metadata = _open(path, lambda file: file.metadata() or {})
     numbers = [metadata.get(key, "") for key in ("start", "count")]
     if not all(number.isascii() and number.isdigit() and len(number) < 16 for number in numbers) or path.stem != f"shard-{int(numbers[0]):06}":
         raise CheckpointError(f"{path} is no shard", f"it says {metadata}", "delete it; it will be made again")
+    if not metadata.items() >= facts.items():
+        raise CheckpointError(f"{path} is of another run", f"it says {metadata}, this run {dict(facts)}", "delete it, or choose another -o")
     return path, (int(numbers[0]), int(numbers[0]) + int(numbers[1]))
 
 
@@ -166,7 +191,7 @@ def _found(folder: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        if folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".partial"):
+        if folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".partial" and path.name != LOCK):
             raise ResumeConflict(f"{folder} is not empty", f"it has no {CONFIG}, so it is not ours", "choose another -o") from None
         return None
     except (ValueError, TypeError) as error:

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from dite.errors import CheckpointError, UsageError
 from dite_evals.extractors import Extractor
 from dite_evals.frechet import Moments, Sums, threads_for
+from dite_evals.shards import write_file
 
 FORMAT = "dite-statistics-1"
 SPATIAL = {"mu_spatial", "sigma_spatial"}
@@ -50,6 +51,13 @@ class Statistics:
                 f"they were computed with {self.extractor_id}, the images with {extractor.id}",
                 "compute the statistics again with this extractor, or use the extractor of the protocol",
             )
+
+    def hashes(self) -> dict[str, str | None]:
+        """SHA-256 of the numbers that FID is measured against, and of those that KID, precision and recall are."""
+        moments = [self.moments, *([self.spatial] if self.spatial else [])]
+        parts = hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for one in moments for part in (one.mu, one.sigma)))
+        features = None if self.features is None else hashlib.sha256(self.features.contiguous().numpy().tobytes()).hexdigest()
+        return {"reference_moments_sha256": parts.hexdigest(), "reference_features_sha256": features}
 
     def facts(self) -> dict[str, Any]:
         """What they are of, without the numbers themselves."""
@@ -84,7 +92,7 @@ def gather_statistics(extractor: Extractor, images: ImageSet, device: torch.devi
     if n < 2:
         raise UsageError("too few images for a covariance", f"{n} given, at least 2 are needed", "raise n")
     if not 0 <= keep <= n:
-        raise UsageError("so many features can't be kept", f"{keep} are to be kept of {n} images", f"keep 0 to {n}")
+        raise UsageError(f"{keep} features can't be kept", f"there are {n} images, and one vector of each", f"keep 0 to {n}")
     hashed = _Hashed(images.batches, n)
     sums, spatial = RunningMoments(), RunningMoments()
     kept: list[torch.Tensor] = []
@@ -152,7 +160,6 @@ class _Hashed:
 def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> None:
     """Write atomically: a temporary file beside it, then a rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "format": FORMAT,
         "n": str(statistics.moments.n),
@@ -165,10 +172,7 @@ def write_statistics(path: str | os.PathLike[str], statistics: Statistics) -> No
         tensors |= {"mu_spatial": statistics.spatial.mu.contiguous(), "sigma_spatial": statistics.spatial.sigma.contiguous()}
     if statistics.features is not None:
         tensors["features"] = statistics.features.contiguous()
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
-    partial.chmod(0o644)  # safetensors writes files that only their owner may read
-    os.replace(partial, path)
+    write_file(path, save(tensors, metadata))
 
 
 def read_statistics(path: str | os.PathLike[str]) -> Statistics:

@@ -59,7 +59,11 @@ def load_tower(kind: str, folder: str | os.PathLike[str] | None, how: Resize = "
     """The extractor of a local folder; `kind` is dinov2 or clip. Raises UsageError without a folder or for another kind of model,
     UnsupportedEnvironment without transformers, CheckpointError for a folder that is damaged or lacks weights."""
     if folder is None:
-        raise UsageError(f"extractor {kind} needs its weights", "none were given, and dite downloads nothing by itself", f"--weights FOLDER; {HINT}")
+        raise UsageError(
+            f"extractor {kind} needs its weights",
+            "none were given, and dite downloads nothing by itself",
+            f"--weights FOLDER, or --set weights=FOLDER of a protocol; {HINT}",
+        )
     home = Path(folder)
     if not home.is_dir():
         raise UsageError(f"no folder {home}", f"extractor {kind} is a transformers folder", HINT)

@@ -64,7 +64,10 @@ def join(in_step: bool = False) -> Workers:
         store = distributed.FileStore(os.environ[RENDEZVOUS], size)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=DEADLINE)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would say that it chose a number
-    state = PartialState(cpu=True) if distributed.is_initialized() else PartialState(cpu=True, timeout=DEADLINE)
+    try:
+        state = PartialState(cpu=True) if distributed.is_initialized() else PartialState(cpu=True, timeout=DEADLINE)
+    except (ValueError, RuntimeError) as error:
+        raise RankLost("the ranks don't meet", str(error).splitlines()[0], "start them with --nproc, accelerate launch or torchrun") from error
     return Workers(rank, size, in_step, state)
 
 

@@ -81,7 +81,7 @@ def test_fid_takes_a_protocol_file_and_resumes_only_its_own(run, folder, tmp_pat
     assert {"fid", "n", "interval", "fid_infinity", "extractor", "protocol", "seconds"} <= first.document.keys()
     conflict = run(*command, "--seed", 3)
     assert conflict.code == 5 and conflict.document["error"]["type"] == "ResumeConflict"
-    assert run(*command, "--seed", 3, "--force").code == 0
+    assert run(*command, "--seed", 3, "--discard").code == 0
 
 
 def test_compare_shows_two_reports_side_by_side(run, folder, tmp_path):

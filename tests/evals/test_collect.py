@@ -101,7 +101,7 @@ def test_features_do_not_depend_on_how_images_lie_in_memory(toy, images):
 
 
 def test_more_features_than_images_or_one_image_are_refused(toy, images):
-    with pytest.raises(UsageError, match="12 are to be kept of 11"):
+    with pytest.raises(UsageError, match="12 features can't be kept\nthere are 11 images"):
         compute_statistics(toy, images, "images", keep=12)
     with pytest.raises(UsageError, match="1 given, at least 2"):
         compute_statistics(toy, images[:1], "images")

@@ -1,6 +1,7 @@
 """dite.evaluate from end to end, on a tiny pipeline."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import dite
 from dite.errors import CheckpointError, DiteError, NonFiniteOutput, RecipeError, ResumeConflict, UnsupportedEnvironment, UnsupportedModel, UsageError
 from dite.evaluation import FID_KEYS, FIDELITY_KEYS, model_digest, plain_tensors
+from dite_evals import figures
 from dite_evals.protocols import balanced, load_protocol
 from dite_evals.shards import claim
 
@@ -48,8 +50,9 @@ def test_the_gate_keys_are_keys_of_the_answer(pipe, worse_pipe, smoke):
     from dite.cli.gate import _lookup
 
     fidelity, fid = dite.evaluate(worse_pipe, baseline=pipe, **QUICK), dite.evaluate(pipe, smoke)
+    assert set(figures.NAMES) <= set(FID_KEYS)
     assert all(_lookup(fidelity, key.replace("N", "0")) is not None for key in FIDELITY_KEYS)
-    assert all(_lookup(fid, key) is not None or key in fid["left_out"] for key in FID_KEYS)
+    assert all(_lookup(fid, key) is not None or key.partition("_interval")[0] in fid["left_out"] for key in FID_KEYS)
 
 
 def test_fidelity_without_a_baseline_says_what_to_give(pipe):
@@ -137,7 +140,8 @@ def test_a_full_disk_is_said_with_its_bytes_and_what_was_drawn_is_kept(pipe, smo
     with pytest.raises(DiteError, match=r"No space left on device; it takes \d+ bytes"):
         dite.evaluate(pipe, smoke, output=tmp_path / "r")
     monkeypatch.undo()
-    assert len(counted) == 3 and len(list((tmp_path / "r.samples").iterdir())) == 3  # config and two shards, no piece of the third
+    names = sorted(path.name for path in (tmp_path / "r.samples").iterdir())
+    assert len(counted) == 3 and names == ["config.json", "lock", "shard-000000.safetensors", "shard-000004.safetensors"]  # no piece of the third
     assert dite.evaluate(pipe, smoke, output=tmp_path / "r")["fid"] == whole
 
 
@@ -206,13 +210,53 @@ def test_a_changed_configuration_refuses_the_shards_unless_forced(pipe, worse_pi
     assert refused.value.exit_code == 5
     with pytest.raises(ResumeConflict, match="model was"):
         dite.evaluate(worse_pipe, smoke, output=tmp_path / "r")
-    assert dite.evaluate(worse_pipe, smoke, output=tmp_path / "r", force=True)["fid"] == dite.evaluate(worse_pipe, smoke)["fid"]
+    assert dite.evaluate(worse_pipe, smoke, output=tmp_path / "r", discard=True)["fid"] == dite.evaluate(worse_pipe, smoke)["fid"]
+
+
+def test_two_runs_do_not_draw_into_one_folder(pipe, smoke, tmp_path):
+    from dite_evals.shards import alone_in
+
+    with alone_in(tmp_path / "r.samples"), pytest.raises(ResumeConflict, match=f"process {os.getpid()} on"):
+        dite.evaluate(pipe, smoke, output=tmp_path / "r")
+    assert dite.evaluate(pipe, smoke, output=tmp_path / "r")["n"] == 12
+
+
+def test_other_classes_are_another_model(pipe, smoke, tmp_path):
+    before = model_digest(pipe)
+    dite.evaluate(pipe, smoke, output=tmp_path / "r")
+    pipe.register_to_config(id2label={"1": "cat"})
+    assert model_digest(pipe) != before
+    with pytest.raises(ResumeConflict, match="model was"):
+        dite.evaluate(pipe, smoke, output=tmp_path / "r")
+
+
+def test_a_report_that_could_not_be_finished_is_written_over_the_next_time(pipe, smoke, tmp_path, counted):
+    whole = dite.evaluate(pipe, smoke, output=tmp_path / "r")["fid"]
+    (tmp_path / "r" / "report.json").unlink()
+    (tmp_path / "r" / "report.html.17.partial").write_text("half")
+    counted.clear()
+    assert dite.evaluate(pipe, smoke, output=tmp_path / "r")["fid"] == whole and counted == []
+
+
+def test_a_forced_report_warns_and_its_protocol_can_be_run_again(pipe, smoke, tmp_path):
+    import yaml
+
+    metrics = dite.evaluate(pipe, smoke | {"allow_few": False}, force=True, output=tmp_path / "r", steps=1)
+    assert "12 samples of 192 features" in (tmp_path / "r" / "report.md").read_text()
+    saved = yaml.safe_load((tmp_path / "r" / "protocol.yaml").read_text())
+    again = dite.evaluate(pipe, tmp_path / "r" / "protocol.yaml")
+    assert saved["name"] == "tiny, changed" == again["protocol"] and again["fid"] == metrics["fid"]
+
+
+def test_a_correction_for_n_is_left_out_where_its_interval_would_be_wrong(pipe, smoke):
+    metrics = dite.evaluate(pipe, smoke)
+    assert metrics["fid_corrected"] is None and "too few for a correction" in metrics["left_out"]["fid_corrected"]
 
 
 def test_a_folder_that_is_not_ours_is_not_taken_for_shards(tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(ResumeConflict, match="not ours"):
-        claim(tmp_path, {"a": 1}, force=True)
+        claim(tmp_path, {"a": 1}, discard=True)
 
 
 def test_too_few_samples_are_refused_before_anything_is_loaded(smoke):

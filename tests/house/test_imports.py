@@ -20,7 +20,7 @@ FLOOR = {
 # What dite_evals may use, and all that lies in dite.parallel.
 PUBLIC = {"dite", "dite.errors", "dite.outputs", "dite.pictures", "dite.recipe", "dite.sampling"}
 # The first two measure parts of the quantizer that the public API offers only as a whole; ranks load bare models and their inputs.
-INSIDERS = {"evals/methods_table.py", "evals/search_rank.py", "evals/dite_evals/exchange_ranks.py"}
+INSIDERS = {"evals/methods_table.py", "evals/search_rank.py", "evals/dite_evals/exchange_ranks.py", "evals/dite_evals/model_support.py"}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "safetensors", "triton", "torchmetrics", "dite_kernels", "dite_evals"}
 
 
