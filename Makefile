@@ -2,7 +2,7 @@
 #
 #   make demo    quantize the built-in model to 4 bits, draw with both, write a report        (a minute, installs aside)
 #   make test    ruff, then pytest                                                            (a few minutes)
-#   make chaos   mistreat servers: kill, stop, flood, starve and confuse them                 (one to three hours)
+#   make chaos   mistreat servers, saves and saved models: kill, flood, starve, spoil         (two to five hours)
 #
 # PYTHON=python3.12 chooses the interpreter; PIP_ARGS adds options to pip, for a mirror or a build of torch for your card.
 
@@ -57,6 +57,9 @@ lint: $(READY)
 chaos: $(READY)
 	$(BIN)/python -m pytest -m chaos
 	$(BIN)/python evals/serve_faults.py --full --out docs/results/serve-faults.json
+	$(BIN)/python evals/save_faults.py --out docs/results/save-faults.json
+	$(BIN)/python evals/checkpoint_lies.py --out docs/results/checkpoint-lies.json
+	$(BIN)/python evals/checkpoint_fuzz.py --cases 200000 --out docs/results/checkpoint-fuzz.json
 
 clean:
 	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis

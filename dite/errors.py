@@ -3,7 +3,8 @@
     DiteError                   1   500   anything below; catch this one
     ├── UsageError              2   400   an argument, a flag or a file name is wrong
     │   ├── RecipeError         2   400   a recipe can't be read, or a key or a value in it is wrong
-    │   └── OutputExists        2   409   the output is already there
+    │   ├── OutputExists        2   409   the output is already there
+    │   └── OutputInUse         2   409   another run is writing the output
     ├── UnsupportedModel        3   400   the model can't do what was asked of it
     ├── UnsupportedEnvironment  3   501   this machine or this installation can't
     ├── QuantizationError       1   500   a layer's numbers can't be quantized
@@ -63,6 +64,12 @@ class RecipeError(UsageError):
 
 class OutputExists(UsageError):
     """The output is already there."""
+
+    http_status = 409
+
+
+class OutputInUse(UsageError):
+    """Another run is writing the output."""
 
     http_status = 409
 

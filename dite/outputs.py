@@ -1,5 +1,6 @@
 """Where results may be written: asked before any work is done, so that none is lost at its end."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -25,4 +26,6 @@ def check_writable(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
+        if error.errno == errno.ENOSPC:  # who writes knows how many bytes are needed, and says so
+            return
         raise UsageError(f"can't write to {existing}", error.strerror or str(error), "choose another -o, or change its permissions") from error

@@ -71,6 +71,8 @@ class DiteConfig(QuantizationConfigMixin):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise CheckpointError("quantization_config can't be read", f"{where}: {first['msg']}", "is config.json damaged?") from error
+        if layers and (wrong := _incomplete(self.plan.model_dump(mode="json")["layers"], layers)):
+            raise CheckpointError("quantization_config can't be read", f"layers.{wrong} is not spelled out", "is config.json damaged?")
         if not isinstance(calibration, dict | None) or not isinstance((calibration or {}).get("plan"), dict | None):
             raise CheckpointError("quantization_config can't be read", "calibration, or plan in it, is no mapping", "is config.json damaged?")
         self.calibration = calibration
@@ -84,6 +86,10 @@ class DiteConfig(QuantizationConfigMixin):
             why = why or f"quant_method is {config_dict.get('quant_method')!r}, not dite"
         if type(version) is not int or ("layers" in config_dict and version < 1):
             why = why or f"format_version is {version!r}; it is a whole number from 1"
+        if config_dict.get("layers") and (missing := next((key for key in KEYS if key not in config_dict), None)):
+            why = why or f"it lacks {missing}"
+        if "layers" in config_dict and not all(isinstance(config_dict.get(key), dict) for key in ("layers", "skipped")):
+            why = why or "layers, or skipped, is no mapping"
         if "recipe" not in config_dict and not config_dict.get("layers"):
             why = why or "it lists no layers, and no recipe to make them by"
         if why:
@@ -221,14 +227,27 @@ def check_tensors(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise CheckpointError(f"{name} is missing", "the weights lack this tensor", "copy or download the folder again")
-        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
-            raise CheckpointError(f"{name} is damaged", "it holds NaN or inf", "copy or download the folder again")
+    check_finite(model)
     for name, layer in quantized_layers(model).items():
         try:
             layer.tensor.validate(layer.spec)
             layer.validate_parts()
         except ValueError as error:
             raise CheckpointError(f"layer {name} is damaged", str(error), "copy or download the folder again") from error
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise CheckpointError that names the tensor where one of a model's state holds NaN or inf."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
+            raise CheckpointError(f"{name} is damaged", "it holds NaN or inf", "copy or download the folder again")
+
+
+def _incomplete(whole: Any, given: Any, path: str = "") -> str | None:
+    """Where a stored scheme leaves something to a default: another version's could be another."""
+    if isinstance(whole, dict) and isinstance(given, dict):
+        return next((found for key in whole if (found := _incomplete(whole[key], given.get(key, ...), f"{path}.{key}".lstrip(".")))), None)
+    return None if whole == given and type(whole) is type(given) else path
 
 
 def _recipe(given: Any, stored: bool) -> QuantRecipe | None:

@@ -1,53 +1,68 @@
-"""What a saved folder must be: pure checks, no tensors, no torch. This is the boundary that hostile folders meet.
+"""Which files a saved folder holds: pure checks, no tensors, no torch. This is the boundary that hostile folders meet.
 
-Order: every listed file is a regular file inside the folder and has its size; the manifest is strict; each safetensors header agrees with its
-file; digests agree. Only then is anything allocated. The safetensors library alone accepts duplicate names, shapes of 2^40 and names like
-`../../x`, and hangs on a named pipe.
+Order: every listed file is a regular file inside the folder, with one name, and has its size; the manifest is strict; each safetensors header agrees
+with its file (`header.py`); digests agree. Then what the folder says of itself is checked (`index.py`, `structure.py`), and only then is
+anything allocated.
 """
 
 import hashlib
-import json
-import math
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
+from dite.checkpoint.header import read_header
+from dite.checkpoint.strict_json import read_strict
 from dite.errors import CheckpointError
 from dite.quant.scheme import Strict
 
-MANIFEST = "dite_manifest.json"
+MANIFEST, PIPELINE = "dite_manifest.json", "model_index.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16_000_000
-MAX_HEADER_BYTES = 100_000_000
 HARMLESS = (".md", ".png", ".jpg", ".gitattributes")  # what people add to a model's folder, and no loader reads; hidden files too
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+CODE = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".onnx", ".gguf")
+READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what loaders read
+BLOBS = re.compile(r"[0-9a-f]{40,64}")
 
 
 class FileEntry(Strict):
     """Size and SHA-256 of one file."""
 
-    size: int
-    sha256: str
+    model_config = ConfigDict(strict=True)
+
+    size: Annotated[int, Field(ge=0, le=2**60)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Manifest(Strict):
-    """`dite_manifest.json`: every other file of the folder, by its path inside it."""
+    """`dite_manifest.json`: every other file of the folder, by its path inside it. `dite_version` only tells who wrote it."""
 
-    format_version: int
-    dite_version: str
-    files: dict[str, FileEntry]
+    model_config = ConfigDict(strict=True)
+
+    format_version: Annotated[int, Field(ge=1)]
+    dite_version: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9A-Za-z.+-]{1,40}$")]
+    files: Annotated[dict[str, FileEntry], Field(min_length=1)]
 
 
 def verify_folder(folder: Path) -> Manifest:
     """Check a saved folder against its manifest. Raises CheckpointError that names the file."""
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
+        if name.lower().endswith(CODE):
+            raise CheckpointError(
+                f"the manifest lists {name}", "a saved model holds numbers and texts, no code and no pickles", "don't load this folder"
+            )
         path = regular_file(folder, name)
-        size = path.stat().st_size
-        if size != entry.size:
-            raise CheckpointError(f"{name} is damaged", f"it has {size} bytes, the manifest says {entry.size}", "copy or download the folder again")
+        status = path.stat()
+        if status.st_size != entry.size:
+            why = f"it has {status.st_size} bytes, the manifest says {entry.size}"
+            raise CheckpointError(f"{name} is damaged", why, "copy or download the folder again")
+        if status.st_nlink > 1:
+            why = f"it has {status.st_nlink} names: who writes to another of them changes the model"
+            raise CheckpointError(f"{name} is a hard link", why, "copy the folder with cp -r")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     unlisted = sorted(name for name in found - {*manifest.files, MANIFEST} if not (name.startswith(".") or name.lower().endswith(HARMLESS)))
     if unlisted:
@@ -63,30 +78,73 @@ def verify_folder(folder: Path) -> Manifest:
     return manifest
 
 
+def check_folder(folder: Path) -> bool:
+    """Whether `folder` has a manifest, which then holds; without one, its files are at least regular files of its own.
+
+    Links into the hub's cache are let through where there is no manifest: its snapshots consist of them.
+    """
+    if os.path.lexists(folder / MANIFEST):
+        verify_folder(folder)
+        return True
+    folder = folder.absolute()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
+    _own_files(folder, folder, blobs)
+    for name in component_names(folder):
+        if os.path.lexists(folder / name):
+            if stat.S_ISLNK(os.lstat(folder / name).st_mode):
+                raise CheckpointError(f"{name} is a link", "a model's files lie in its own folder", "copy the folder with links resolved")
+            _own_files(folder, folder / name, blobs)
+    return False
+
+
+def component_names(folder: Path) -> list[str]:
+    """The parts that a pipeline's index names, each a folder in `folder`; none for a bare model."""
+    if not (folder / PIPELINE).is_file():
+        return []
+    names = [name for name, value in read_strict(folder / PIPELINE, PIPELINE).items() if isinstance(value, list)]
+    wrong = next((name for name in names if not name.isidentifier()), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{PIPELINE} names a part {wrong!r}", "parts are folders inside this one, named like variables", "don't load this folder"
+        )
+    return names
+
+
+def _own_files(folder: Path, place: Path, blobs: Path | None) -> None:
+    if not place.is_dir():
+        raise CheckpointError(f"{place.name} is not a folder", f"{PIPELINE} names it as a part", "copy or download the folder again")
+    for path in place.iterdir():
+        name, mode = path.relative_to(folder).as_posix(), os.lstat(path).st_mode
+        if not path.name.endswith(READ):
+            continue
+        if stat.S_ISLNK(mode):
+            target = path.resolve()
+            if blobs is None or target.parent != blobs.resolve() or not BLOBS.fullmatch(target.name):
+                raise CheckpointError(f"{name} is a link", "a model's files lie in its own folder", "copy the folder with links resolved")
+            mode = target.stat().st_mode if target.exists() else 0
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{name} is not a regular file", "pipes, devices and folders can't be loaded", "don't load this folder")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The parsed manifest of `folder`."""
-    path = regular_file(folder, MANIFEST)
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(
-            f"{MANIFEST} is too large", f"{path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read", "save the model again"
-        )
+    values = read_strict(regular_file(folder, MANIFEST), MANIFEST, MAX_MANIFEST_BYTES)
+    version = values.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:  # before the rest: a newer format may have other keys
+        raise CheckpointError("the folder is from a newer dite", f"format_version {version}; this dite {FORMAT_VERSION} at most", "upgrade dite")
+    for name in values["files"] if isinstance(values.get("files"), dict) else ():
+        parts_of(name)
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates))
-    except (ValueError, ValidationError) as error:
-        raise CheckpointError(f"{MANIFEST} can't be read", str(error).splitlines()[0], "save the model again") from error
-    if manifest.format_version > FORMAT_VERSION:
-        raise CheckpointError(
-            "the folder is from a newer dite", f"format {manifest.format_version}; this dite {FORMAT_VERSION} at most", "upgrade dite"
-        )
-    return manifest
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{MANIFEST} can't be read", f"{where}: {first['msg']}", "save the model again") from error
 
 
 def regular_file(folder: Path, name: str) -> Path:
     """`folder/name`, if it is a regular file inside the folder, reached through no link."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or "\\" in name or ".." in parts:
-        raise CheckpointError(f"the manifest lists {name!r}", "paths must stay inside the folder", "don't load this folder")
-    path = folder
+    parts, path = parts_of(name), folder
     for part in parts:
         path = path / part
         try:
@@ -100,59 +158,15 @@ def regular_file(folder: Path, name: str) -> Path:
     return path
 
 
-def read_header(file: Path) -> dict[str, dict]:
-    """The tensor entries of a safetensors file, checked: unique names, known dtypes, sizes that fit shapes, no gap, no overlap."""
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise _bad(file, "it is not a regular file")
-    size = status.st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise _bad(file, f"its header claims {length} bytes of the file's {size}")
-        try:
-            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise _bad(file, f"its header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _bad(file, "its header is not a mapping")
-    header.pop("__metadata__", None)
-    end = 0
-    for name, begin, stop in sorted(((name, *_extent(file, name, entry)) for name, entry in header.items()), key=lambda item: item[1:]):
-        if begin != end:
-            raise _bad(file, f"tensor {name!r} begins at {begin}, the one before ends at {end}")
-        end = stop
-    if 8 + length + end != size:
-        raise _bad(file, f"its tensors end at {8 + length + end}, the file at {size}")
-    return header
+def parts_of(name: str) -> tuple[str, ...]:
+    """The steps from the folder to one of its files, if `name` is spelled plainly and stays inside."""
+    parts = PurePosixPath(name).parts
+    if not parts or name != "/".join(parts) or name.startswith("/") or "\\" in name or "\0" in name or ".." in parts:
+        raise CheckpointError(f"the manifest lists {name!r}", "paths must stay inside the folder", "don't load this folder")
+    return parts
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _extent(file: Path, name: str, entry: object) -> tuple[int, int]:
-    try:
-        (begin, stop), shape, width = entry["data_offsets"], entry["shape"], ITEM_BYTES[entry["dtype"]]
-        numbers = [begin, stop, *shape]
-    except (TypeError, KeyError, ValueError) as error:
-        raise _bad(file, f"tensor {name!r} has no valid dtype, shape and offsets") from error
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise _bad(file, f"tensor {name!r} has a size that is not a whole number")
-    if stop - begin != width * math.prod(shape):
-        raise _bad(file, f"tensor {name!r} of shape {shape} and dtype {entry['dtype']} can't take {stop - begin} bytes")
-    return begin, stop
-
-
-def _bad(file: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{file.name} is not a sound safetensors file", why, "copy or download it again")
-
-
-def _no_duplicates(pairs: list[tuple]) -> dict:
-    keys = [key for key, _ in pairs]
-    repeated = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
-    if repeated is not None:
-        raise ValueError(f"key {repeated!r} appears twice")
-    return dict(pairs)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dite.checkpoint.format import MANIFEST, verify_folder
+from dite.checkpoint.format import check_folder
 from dite.errors import UsageError
 from dite.models.access import denoisers
 from dite.models.load import complete, from_pretrained, parse_device, parse_dtype, resolve
@@ -22,9 +22,8 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | 
     parse_device(device)
     if isinstance(path, str):
         raise UsageError(f"no folder {folder}", "dite.load takes a folder or builtin:NAME", "for a hub id use dite.Pipeline.from_pretrained")
-    if (path / MANIFEST).exists() or (path / MANIFEST).is_symlink():
-        verify_folder(path)
-    model = complete(from_pretrained(path, parse_dtype(dtype)), folder).to(device)
+    sealed = check_folder(path)
+    model = complete(from_pretrained(path, parse_dtype(dtype), sealed), path, sealed).to(device)
     for denoiser in denoisers(model).values():
         set_backend(denoiser, backend)
     return model

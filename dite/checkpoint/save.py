@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
 from torch import nn
 
 from dite import __version__
 from dite.checkpoint.diffusers_quantizer import recipe_of, search_plan_of
 from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, file_digest, read_manifest
-from dite.errors import CheckpointError, OutputExists, UnsupportedModel, UsageError
+from dite.checkpoint.lock import OutputLock
+from dite.checkpoint.space import needed_bytes, room
+from dite.checkpoint.swap import recover, replace_folder, sync
+from dite.errors import OutputExists, UnsupportedModel, UsageError
 from dite.models.access import denoisers, unwrap
 from dite.outputs import check_writable
 from dite.quant.lora import UNLOAD, refuse_adapters
@@ -23,12 +26,15 @@ RECIPE, PLAN = "recipe.yaml", "plan.json"
 MODEL_SUFFIXES = {".safetensors", ".json", ".yaml", ".txt", ".model", ".md", ".png", ".html", ".gitattributes"}
 
 
-def save(model: Any, folder: str | Path, *, overwrite: bool = False, attachments: dict[str, str] | None = None) -> Path:
+def save(
+    model: Any, folder: str | Path, *, overwrite: bool = False, attachments: dict[str, str] | None = None, lock: OutputLock | None = None
+) -> Path:
     """Write a pipeline or a bare model as a plain diffusers folder with a manifest; returns the folder.
 
     The folder appears whole or not at all, also when the process dies. `id2label`, which diffusers' own saving drops, is kept, and paths of this
     machine are not; a quantized model's recipe lies beside the weights, and the plan of one that was searched. `attachments` are further text files,
-    by name. Raises OutputExists unless `overwrite`, UsageError while LoRA adapters are attached.
+    by name. `lock` is for callers who hold the output's lock already. Raises OutputExists unless `overwrite`, OutputInUse when another run writes
+    there, CheckpointError when the disk is full (what was there before is untouched), UsageError while LoRA adapters are attached.
     """
     model = unwrap(model)
     recipe = next(filter(None, map(recipe_of, denoisers(model).values())), None)
@@ -41,21 +47,23 @@ def save(model: Any, folder: str | Path, *, overwrite: bool = False, attachments
     folder = Path(folder).absolute()
     check_output(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _write(model, temporary)
-        complete_configs(model, temporary)
-        if recipe is not None:
-            (temporary / RECIPE).write_text(recipe_yaml(recipe), encoding="utf-8")
-        if plan is not None:
-            (temporary / PLAN).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-        for name, text in (attachments or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        _write_manifest(temporary)
-        _replace(temporary, folder)
-    finally:
+    texts = {RECIPE: recipe_yaml(recipe)} if recipe is not None else {}
+    texts |= {PLAN: json.dumps(plan, indent=1) + "\n"} if plan is not None else {}
+    with room(folder, needed_bytes(model)), nullcontext(lock) if lock is not None else OutputLock(folder) as held:
+        if held.held:
+            recover(folder)
+        check_output(folder, overwrite)  # again: another run may have come first
+        temporary = folder.parent / f".{folder.name}.partial-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            model.save_pretrained(temporary)
+            complete_configs(model, temporary)
+            for name, text in (texts | (attachments or {})).items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            _write_manifest(temporary)
+            replace_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -91,15 +99,6 @@ def recipe_yaml(recipe: QuantRecipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
 
 
-def _write(model: Any, folder: Path) -> None:
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # what a full disk looks like from inside the safetensors library
-        free = shutil.disk_usage(folder.parent).free
-        why = f"{str(error).strip()}; {free} bytes are free on that disk"
-        raise CheckpointError(f"can't write {folder.parent}", why, "free some space, or choose another output") from error
-
-
 def folder_bytes(folder: Path) -> int:
     """Size of a folder's safetensors files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -130,39 +129,15 @@ def _write_manifest(folder: Path) -> None:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
         files[path.relative_to(folder).as_posix()] = FileEntry(size=path.stat().st_size, sha256=file_digest(path))
-        _sync(path)
+        sync(path)
     manifest = Manifest(format_version=FORMAT_VERSION, dite_version=__version__, files=files)
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
     for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _sync(directory)
+        sync(directory)
 
 
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Move the finished folder into place; an old one is moved aside first and comes back if the second rename fails."""
-    aside = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
-    had_old = os.path.lexists(folder)
-    if had_old:
-        os.rename(folder, aside)
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if had_old:
-            os.rename(aside, folder)
-        raise
-    _sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

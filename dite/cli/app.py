@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 import dite
-from dite.cli import bench, doctor, eval, generate, inspect, quantize, recipes, report, serve
+from dite.cli import bench, convert, doctor, eval, generate, inspect, quantize, recipes, report, serve
 from dite.cli.failure import INTERRUPTED, explained, interrupted, print_failure, print_traceback
 from dite.cli.output import Answer, print_answer
 from dite.errors import DiteError
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.inspect)
 app.command("quantize")(quantize.quantize)
+app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.add_typer(eval.app, name="eval")

@@ -2,7 +2,10 @@
 
 import shlex
 import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.markup import escape
@@ -47,35 +50,59 @@ def quantize(
     check_output(output, overwrite)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise UsageError(f"{output} is the model itself", "--overwrite would replace the original by its quantized copy", "choose another -o")
-    journal = journal_of(output) if chosen.calibrated else None
-    if journal is not None:
-        check_journal(journal, resume)
-    elif resume:
-        raise UsageError("there is nothing to resume", "only calibration and search keep a journal; this recipe rounds", "leave --resume out")
-    from dite.models.load import load_pipeline
+    from dite.checkpoint.lock import OutputLock
 
-    pipe = load_pipeline(model, dtype=dtype and dtype.value, device=device)
-    if dry_run:
-        from dite.ptq.quantize import plan
+    if not dry_run:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # Held to the end: of two runs that work for hours, one would work for nothing; and a living run's journal must not pass for an interrupted one's.
+    with nullcontext() if dry_run else OutputLock(output) as lock:
+        journal = journal_of(output) if chosen.calibrated else None
+        if journal is not None:
+            check_journal(journal, resume)
+        elif resume:
+            raise UsageError("there is nothing to resume", "only calibration and search keep a journal; this recipe rounds", "leave --resume out")
+        from dite.models.load import load_pipeline
 
-        return _planned(plan(pipe, chosen), output, chosen.search)
-    with progress(no_progress) as tick:
-        try:
-            report = dite.quantize(pipe, chosen, progress=tick, journal=journal)
-        except UsageError:  # the budget, the model, the forwards: going on would end in the same
-            if journal is not None and not resume:
-                shutil.rmtree(journal, ignore_errors=True)
-            raise
-    note(f"writing {output}")
-    dite.save(pipe, output, overwrite=overwrite, attachments=_page(report.plan))
-    if journal is not None:
-        shutil.rmtree(journal, ignore_errors=True)  # there is none where nothing could be calibrated
+        pipe = load_pipeline(model, dtype=dtype and dtype.value, device=device)
+        if dry_run:
+            from dite.ptq.quantize import plan
+
+            return _planned(plan(pipe, chosen), output, chosen.search)
+        report = _quantized(pipe, chosen, output, Run(no_progress, journal, resume, overwrite, lock))
     for line in report.notes:
         note(line)
     for pattern in report.unmatched_patterns:
         note(f"the recipe's pattern {pattern} names no linear of this model")
     document = {"output": str(output)} | report.to_dict()
     return Answer(document, _summary(document, model, report.wide))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run was told besides model and recipe."""
+
+    no_progress: bool
+    journal: Path | None
+    resume: bool
+    overwrite: bool
+    lock: Any
+
+
+def _quantized(pipe: Any, chosen: Any, output: Path, run: Run) -> Any:
+    """Quantize and save; returns the report."""
+    journal = run.journal
+    with progress(run.no_progress) as tick:
+        try:
+            report = dite.quantize(pipe, chosen, progress=tick, journal=journal)
+        except UsageError:  # the budget, the model, the forwards: going on would end in the same
+            if journal is not None and not run.resume:
+                shutil.rmtree(journal, ignore_errors=True)
+            raise
+    note(f"writing {output}")
+    dite.save(pipe, output, overwrite=run.overwrite, attachments=_page(report.plan), lock=run.lock)
+    if journal is not None:
+        shutil.rmtree(journal, ignore_errors=True)  # there is none where nothing could be calibrated
+    return report
 
 
 def journal_of(output: Path) -> Path:

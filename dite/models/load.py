@@ -2,12 +2,14 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dite.checkpoint.format import MANIFEST, read_header
+from dite.checkpoint.format import check_folder
+from dite.checkpoint.header import read_header
 from dite.errors import CheckpointError, DiteError, UnsupportedEnvironment, UsageError
 from dite.models.builtin import builtin_folder
 
@@ -22,16 +24,13 @@ def load_pipeline(source: str | Path, *, dtype: str | torch.dtype | None = None,
     `dtype` None keeps each transformer's stored dtype (diffusers alone would make everything fp32). A folder with a dite manifest is verified
     first. Raises UsageError when there is no such folder, CheckpointError when it can't be loaded.
     """
-    from dite.checkpoint.load import load
-
     folder = resolve(source)
     parse_device(device)
     wanted = parse_dtype(dtype)
+    sealed = isinstance(folder, Path) and check_folder(folder)
     if isinstance(folder, Path):
         wanted = wanted or stored_dtype(folder)
-        if (folder / MANIFEST).exists():
-            return load(folder, device=device, dtype=wanted)
-    return complete(from_pretrained(folder, wanted), source).to(device)
+    return complete(from_pretrained(folder, wanted, sealed), folder, sealed).to(device)
 
 
 def resolve(source: str | Path) -> Path | str:
@@ -59,14 +58,22 @@ def resolve(source: str | Path) -> Path | str:
     )
 
 
-def from_pretrained(source: Path | str, dtype: torch.dtype | None = None) -> Any:
-    """diffusers' own loading of a pipeline folder, a model folder, or a hub id, with our errors; safetensors only, never a pickle."""
+def from_pretrained(source: Path | str, dtype: torch.dtype | None = None, sealed: bool = False) -> Any:
+    """diffusers' own loading of a pipeline folder, a model folder, or a hub id, with our errors; safetensors only, never a pickle.
+
+    What a folder says of itself is checked first (`dite.checkpoint.structure`); `sealed` is whether its manifest was.
+    """
     import diffusers
 
+    from dite.checkpoint.structure import check_structure, module_limit
+
+    default = torch.get_default_dtype()
+    tensors = check_structure(source, sealed) if isinstance(source, Path) else 0
     try:
-        if isinstance(source, Path) and not (source / "model_index.json").is_file():
-            return _model_class(source).from_pretrained(source, use_safetensors=True, **_dtype(dtype))
-        return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_dtype(dtype), **_labels(source))
+        with module_limit(tensors, str(source)) if isinstance(source, Path) else nullcontext():
+            if isinstance(source, Path) and not (source / "model_index.json").is_file():
+                return _model_class(source).from_pretrained(source, use_safetensors=True, **_dtype(dtype))
+            return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_dtype(dtype), **_labels(source))
     except DiteError:
         raise
     except Exception as error:  # whatever diffusers raises on a folder it can't read
@@ -75,10 +82,15 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None) -> Any
         if not isinstance(source, Path):
             hint = "check the name and the connection to the hub, or give a folder that was downloaded before"
         raise CheckpointError(f"can't load {source}", reason, hint) from error
+    finally:
+        torch.set_default_dtype(default)  # diffusers leaves it changed when a model's constructor raises
 
 
-def complete(model: Any, source: Any) -> Any:
-    """`model`, if every tensor of it was in the files. Raises CheckpointError for one that diffusers left without contents."""
+def complete(model: Any, source: Any, sealed: bool = False) -> Any:
+    """`model`, if every tensor of it was in the files, and finite where they are `sealed`. Raises CheckpointError that names the tensor."""
+    from dite.checkpoint.diffusers_quantizer import check_finite
+    from dite.checkpoint.structure import check_complete
+
     for name, part in getattr(model, "components", {"": model}).items():
         tensors = (*part.named_parameters(), *part.named_buffers()) if isinstance(part, torch.nn.Module) else ()
         missing = next((key for key, tensor in tensors if tensor.is_meta), None)
@@ -87,6 +99,10 @@ def complete(model: Any, source: Any) -> Any:
             raise CheckpointError(
                 f"can't load {source}", f"its files lack the tensor {where}, or config.json is another model's", "download it again"
             )
+        if sealed and isinstance(part, torch.nn.Module) and not getattr(part, "is_quantized", False):  # the quantizer has checked those
+            check_finite(part)
+        if isinstance(source, Path) and name and type(part).__module__.startswith("transformers.models.") and isinstance(part, torch.nn.Module):
+            check_complete(part, source / name, name)
     return model
 
 

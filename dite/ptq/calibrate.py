@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dite.errors import QuantizationError, UsageError
+from dite.errors import NonFiniteOutput, QuantizationError, UsageError
 from dite.recipe import Calibration
 from dite.sampling import SampleSettings, sample, sample_seed
 
 Progress = Callable[[str, int, int], None]
 HOLD_OUT = 4  # one call in so many is held out
 SEED_OFFSET = 1_000_003  # far from the seeds that evaluations use: nothing may be measured on the pictures it was calibrated on
+TIMESTEPS = ("timestep", "timesteps", "t")  # how models call the argument
 KEPT_ROWS = 512  # rows of a layer's held-out inputs that are kept as they are
 
 
@@ -77,6 +78,8 @@ def record(
     try:
         for _ in sample(pipe, conditions, seeds, how, progress=tick):
             pass
+    except NonFiniteOutput as error:
+        raise next(filter(None, (recorder.culprit() for recorder in recorders.values())), error) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -97,9 +100,11 @@ class _Recorder:
         self.model, self.num_steps, self.stride = model, num_steps, stride
         self.signature = inspect.signature(type(model).forward)
         self.steps_done = 0
+        self.last: tuple[tuple, dict[str, Any]] | None = None  # what the model was called with last
         self.kept: dict[int, list[dict[str, Any]]] = {}  # by step: some pipelines call twice a step, with and without the condition
 
     def keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.last = (args, kwargs)
         batch, step = divmod(self.steps_done, self.num_steps)
         # Every batch another set of steps; where there is less than one call a batch, every so many calls in the order they come.
         if (step + batch if self.stride <= self.num_steps else self.steps_done + batch) % self.stride == 0:
@@ -107,6 +112,32 @@ class _Recorder:
             del given[next(iter(self.signature.parameters))]
             given |= given.pop("kwargs", {})
             self.kept.setdefault(self.steps_done, []).append(_mapped(given, lambda tensor: tensor.detach().to("cpu", copy=True)))
+
+    @torch.no_grad()
+    def culprit(self) -> QuantizationError | None:
+        """The first layer that makes NaN or inf of finite inputs in the last call, as an error; None where no layer does."""
+        found: list[str] = []
+
+        def watch(name: str) -> Callable:
+            def hook(_module: nn.Module, _args: tuple, result: Any) -> None:
+                if isinstance(result, torch.Tensor) and not torch.isfinite(result).all():
+                    found.append(name)
+
+            return hook
+
+        leaves = ((name, module) for name, module in self.model.named_modules() if not next(module.children(), None))
+        handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+        try:
+            args, kwargs = self.last
+            self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not found:
+            return None
+        given = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
+        why = f"at timestep {timestep_of(given)} of calibration, which runs the model on its own trajectories"
+        return QuantizationError(f"layer {found[0]} gave NaN or inf", why, "try it in float32 first, or repair the checkpoint")
 
     def calls(self) -> Calls:
         """What was kept; every fourth step is held out, whole."""
@@ -120,18 +151,27 @@ def observe(model: nn.Module, names: Iterable[str], calls: Calls) -> dict[str, L
     """Run `calls` through `model` and gather the inputs of the linears called `names`; one that is never called in
     `calls.calibration` is missing from the answer.
 
-    Raises QuantizationError, which names the layer, for inputs that are NaN or inf.
+    Raises QuantizationError, which names the layer and the timestep, for inputs that are NaN or inf.
     """
     observer = _Observer(rows_a_call=max(1, KEPT_ROWS // max(1, len(calls.held_out))))
     handles = [model.get_submodule(name).register_forward_pre_hook(observer.hook(name)) for name in names]
     try:
         for observer.held_out, some in ((False, calls.calibration), (True, calls.held_out)):
             for observer.call, call in enumerate(some):
+                observer.timestep = timestep_of(call)
                 model(**_mapped(call, lambda tensor: tensor.to(_device(model))))
     finally:
         for handle in handles:
             handle.remove()
     return {name: inputs for name, inputs in observer.found.items() if inputs.count}
+
+
+def timestep_of(call: Mapping[str, Any]) -> str:
+    """The timesteps that a denoiser is called for, as people read them; whatever the model calls the argument."""
+    value = next((call[name] for name in TIMESTEPS if call.get(name) is not None), None)
+    if value is None:
+        return "unknown"
+    return ", ".join(f"{one:g}" for one in sorted(set(torch.as_tensor(value).flatten().tolist())))
 
 
 class _Observer:
@@ -140,7 +180,7 @@ class _Observer:
     def __init__(self, rows_a_call: int):
         self.rows_a_call = rows_a_call
         self.found: dict[str, LayerInputs] = {}
-        self.held_out, self.call = False, 0
+        self.held_out, self.call, self.timestep = False, 0, "unknown"
         self.last: tuple | None = None  # queries, keys and values are made from one input
 
     def hook(self, name: str) -> Callable:
@@ -157,8 +197,8 @@ class _Observer:
 
     def summary(self, name: str, rows: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if not torch.isfinite(rows.sum()):
-            why = "calibration runs the model on its own trajectories"
-            raise QuantizationError(f"layer {name} was given NaN or inf", why, "try it in float32 first")
+            why = f"at timestep {self.timestep} of calibration, which runs the model on its own trajectories"
+            raise QuantizationError(f"layer {name} was given NaN or inf", why, "repair the checkpoint, or try it in float32 first")
         if not self.held_out:
             return rows.T @ rows, rows.sum(0), rows.abs().amax(0)
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.call))[: self.rows_a_call]

@@ -1,7 +1,5 @@
 """The `quantize` verb: recipe in, quantized model in place, report out."""
 
-import resource
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from dite.models.access import denoisers, unwrap
 from dite.models.discovery import discover
 from dite.models.planning import baseline_bytes, make_plan
 from dite.ptq.calibrated import calibrated_
+from dite.ptq.memory import explained_memory, peak_memory_bytes
 from dite.ptq.plan_document import layer_facts, linears_digest
 from dite.quant.apply import Progress, check_weights, quantize_linears_
 from dite.quant.plan import QuantPlan
@@ -84,7 +83,8 @@ def quantize(
     calibration.prompts), one that leaves its choices to `auto` rounds to nearest instead, and the report's notes say so; others are refused.
 
     Raises RecipeError, UsageError (quantized already; nothing to sample with; no plan fits the budget), UnsupportedModel (no transformer blocks),
-    QuantizationError (NaN in weights: nothing has changed; NaN met in calibration: load the model again), ResumeConflict (another run's journal).
+    QuantizationError (NaN in weights: nothing has changed; NaN met in calibration, memory ran out: load the model again),
+    ResumeConflict (another run's journal).
     """
     started = time.monotonic()
     recipe = load_recipe(recipe, [*(overrides or []), *([f"effort={effort}"] if effort else [])])
@@ -100,13 +100,14 @@ def quantize(
     baseline = sum(baseline_bytes(part) for part in found.values())
     used, notes = _settle(recipe, model)
     document = None
-    if used.calibrated:
-        plans, document, more = calibrated_(model, found, plans, used, journal, progress)
-        notes += more
-    else:
-        for name, part in found.items():
-            errors = quantize_linears_(part, plans[name], progress)
-            plans[name] = replace(plans[name], layers=[replace(layer, error=errors[layer.name]) for layer in plans[name].layers])
+    with explained_memory(journaled=journal is not None and used.calibrated):
+        if used.calibrated:
+            plans, document, more = calibrated_(model, found, plans, used, journal, progress)
+            notes += more
+        else:
+            for name, part in found.items():
+                errors = quantize_linears_(part, plans[name], progress)
+                plans[name] = replace(plans[name], layers=[replace(layer, error=errors[layer.name]) for layer in plans[name].layers])
     for name, part in found.items():
         mark_quantized_(part, plans[name], recipe, document and {"plan": document})
     layers, skipped, error_of = [], {}, "outputs" if used.calibrated else "weights"
@@ -134,12 +135,6 @@ def plan(model: Any, recipe: str | Path | dict | QuantRecipe, example_inputs: di
         first.basis,
         first.unmatched,
     )
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident set this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _plan_one(model, recipe: QuantRecipe, given: dict | None) -> QuantPlan:

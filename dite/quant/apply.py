@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from dite.errors import CheckpointError, UnsupportedModel
+from dite.errors import CheckpointError, QuantizationError, UnsupportedModel
 from dite.quant.linear import QuantLinear
 from dite.quant.plan import QuantPlan
 from dite.quant.scheme import LayerScheme
@@ -33,12 +33,18 @@ def quantize_linears_(model: nn.Module, plan: QuantPlan, progress: Progress | No
 
 
 def check_weights(model: nn.Module, plan: QuantPlan) -> None:
-    """Raise QuantizationError, which names the layer, if a planned weight is not finite; UnsupportedModel if it isn't in memory."""
+    """Raise QuantizationError, which names the layer, if a weight is not finite, planned or not; UnsupportedModel if one isn't in memory."""
     for layer in plan.layers:
         linear = model.get_submodule(layer.name)
         if linear.weight.is_meta:
             raise UnsupportedModel(f"the weight of {layer.name} is not in memory (meta device)", "load the model without offloading first")
         QuantLinear.check_weight(linear, layer.name)
+    for name, tensor in model.named_parameters():  # biases, norms, embedders: they would spoil the calibration, and the model is spoilt anyway
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
+            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            raise QuantizationError(f"{name} is not finite", f"{bad} of its {tensor.numel()} numbers are NaN or inf", "repair the checkpoint")
 
 
 def insert_empty_layers_(model: nn.Module, layers: Mapping[str, LayerScheme], device: torch.device | str = "meta") -> None:

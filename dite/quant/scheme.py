@@ -58,7 +58,7 @@ class TransformScheme(Strict):
 
     kind: Literal["none", "hadamard", "smooth", "smooth+hadamard"] = "none"
     block: int | None = None
-    sign_seed: int | None = Field(default=None, ge=0)
+    sign_seed: int | None = Field(default=None, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _block_belongs_to_hadamard(self) -> Self:

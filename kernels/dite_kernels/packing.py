@@ -42,5 +42,18 @@ def unpack(packed: torch.Tensor, num_bits: int, columns: int) -> torch.Tensor:
     return torch.stack(codes, -1).flatten(1)[:, :columns]
 
 
+def has_padding_set(packed: torch.Tensor, num_bits: int, columns: int) -> bool:
+    """Whether anything but 0 lies behind the last of `columns` codes in a row: nothing that `pack` made has that.
+
+    >>> has_padding_set(torch.tensor([[0x21, 0x03]], dtype=torch.uint8), 4, 3), has_padding_set(torch.tensor([[0x21, 0x43]], dtype=torch.uint8), 4, 3)
+    (False, True)
+    """
+    per_byte_group = {8: 1, 6: 4, 4: 2}[num_bits]
+    if columns % per_byte_group == 0 or not packed.numel():
+        return False
+    last = packed[:, -(3 if num_bits == 6 else 1) :]
+    return bool(unpack(last, num_bits, per_byte_group)[:, columns % per_byte_group :].any())
+
+
 def _padded(codes_NK: torch.Tensor, multiple: int) -> torch.Tensor:
     return F.pad(codes_NK, (0, -codes_NK.shape[1] % multiple)).unflatten(1, (-1, multiple))

@@ -63,6 +63,9 @@ class QuantTensor:
                 raise ValueError(f"{name} is {tensor.dtype}; codes are torch.uint8")
         if self.scale.dtype not in (torch.float16, torch.float32):
             raise ValueError(f"scale is {self.scale.dtype}; use torch.float16 or torch.float32")
+        for name, packed, columns in (("qdata", self.qdata, spec.in_features), ("zero_point", self.zero_point, spec.groups)):
+            if packed is not None and packing.has_padding_set(packed, spec.weight_bits, columns):
+                raise ValueError(f"{name} has codes behind the last of its {columns} columns; rows are padded with 0")
         if not (torch.isfinite(self.scale) & (self.scale > 0)).all():
             raise ValueError("scale holds values that are not finite and > 0")
 

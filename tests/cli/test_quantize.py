@@ -107,3 +107,15 @@ def test_inspect_says_what_was_found_and_what_is_supported(run, model_folder):
 def test_inspect_is_readable_too(run, model_folder):
     outcome = run("inspect", model_folder)
     assert outcome.code == 0 and "DiTTransformer2DModel" in outcome.out
+
+
+def test_an_output_that_another_run_is_writing_is_refused_at_once_with_who_writes_it(quantize, tmp_path):
+    import os
+
+    from dite.checkpoint.lock import OutputLock
+
+    with OutputLock(tmp_path / "small"):
+        outcome = quantize("--json")
+    assert outcome.code == 2 and outcome.document["error"]["type"] == "OutputInUse"
+    assert f"process {os.getpid()} on" in outcome.document["error"]["why"]
+    assert quantize().code == 0

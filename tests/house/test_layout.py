@@ -15,7 +15,7 @@ UNSAFE_NAMES = {  # whatever they are called as: found by where a name comes fro
     *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader"),
     *("subprocess.getoutput", "subprocess.getstatusoutput", "pandas.read_pickle", "builtins.eval", "builtins.exec"),
 }
-ONLY_READER_OF_PICKLES = "dite/convert_reader.py"  # weights_only, in a process of its own, within limits
+ONLY_READER_OF_PICKLES = "dite/checkpoint/pickle_reader.py"  # weights_only, in a process of its own, within limits
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|root|farm|Users)/|(?<![\w.])/home/\w")
 
 

@@ -1,0 +1,208 @@
+"""Spoil a saved quantized model at random and load it, many times over: what may come of that?
+
+    refused   a DiteError that says what and why
+    same      it loads, and is the original, bit for bit
+    other     it loads as another model, which is exactly what its files say: only possible where the manifest was made anew, or is gone
+
+Anything else is a failure: another exception, a hang, a load under the original manifest that is not the original, a model that is not what its files
+say. A crash ends the process, and is counted by who started it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dite
+from dite.errors import DiteError
+from dite_evals.checkpoint_mutants import FOLDER, LINK, PIPE, Content, mutate
+
+MANIFEST = "dite_manifest.json"
+CASE_SECONDS = 10
+MEMORY_BYTES = 2**30  # beyond what the process had when it began
+SEALED, RESEALED, UNSEALED = "sealed", "resealed", "unsealed"
+
+
+@dataclass
+class Outcomes:
+    """What came of some cases: counts by (seal, kind, outcome), and every failure with the number of its case."""
+
+    counts: Counter = field(default_factory=Counter)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    slowest_s: float = 0.0
+
+    def total(self, outcome: str | None = None) -> int:
+        """How many cases ended so."""
+        return sum(count for (_, _, found), count in self.counts.items() if outcome in (None, found))
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [{"seal": seal, "mutation": kind, "outcome": outcome, "cases": count} for (seal, kind, outcome), count in sorted(self.counts.items())]
+        return {"rows": rows, "failures": self.failures, "slowest_s": self.slowest_s}
+
+
+class Subject:
+    """A saved model in a folder of its own (best on tmpfs), spoiled and mended again."""
+
+    def __init__(self, saved: Path, folder: Path):
+        self.folder = folder
+        shutil.copytree(saved, folder)
+        self.files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        self.seen = set(self.files)
+        original = dite.load(folder)
+        self.state, self.config = _state(original), _config(original)
+
+    def run(self, cases: range, deep: float) -> Outcomes:
+        """Run cases by number. A share `deep` of them is given a new manifest, or none, so that more than digests stands in their way."""
+        found = Outcomes()
+        with _limits():
+            for number in cases:
+                draw = random.Random(f"dite checkpoint {number}")
+                seal = draw.choice([RESEALED, UNSEALED]) if draw.random() < deep else SEALED
+                kind, changes = mutate(self.files, draw)
+                while all(self.files.get(name) == content for name, content in changes.items()):  # nothing was changed after all
+                    kind, changes = mutate(self.files, draw)
+                began = time.monotonic()
+                outcome, why = self._case(changes, seal)
+                found.slowest_s = max(found.slowest_s, time.monotonic() - began)
+                found.counts[seal, kind, outcome] += 1
+                if outcome not in ("refused", "same", "other"):
+                    found.failures.append({"case": number, "seal": seal, "mutation": kind, "outcome": outcome, "why": why})
+        return found
+
+    def _case(self, changes: dict[str, Content], seal: str) -> tuple[str, str]:
+        changes = changes | self._manifest(changes, seal)
+        try:
+            self._put(changes)
+            signal.alarm(CASE_SECONDS)
+            try:
+                model = dite.load(self.folder)
+            finally:
+                signal.alarm(0)
+            return self._judged(model, seal)
+        except DiteError as error:
+            return ("refused", "") if error.what and error.why else ("silent refusal", repr(error))
+        except _Hang:
+            return "hang", f"more than {CASE_SECONDS} s"
+        except Exception as error:
+            return "other exception", repr(error)[:500]
+        finally:
+            self._mend(changes)
+
+    def _judged(self, model: Any, seal: str) -> tuple[str, str]:
+        state, config = _state(model), _config(model)
+        if _equal(state, self.state) and config == self.config:
+            return "same", ""
+        if seal == SEALED:
+            return "silently wrong", "it loads under the original manifest, and is another model"
+        from safetensors.torch import load_file
+
+        values = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        stored = values.pop("quantization_config", {})
+        files = load_file(self.folder / "diffusion_pytorch_model.safetensors")
+        files = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in files.items()}
+        if not _equal(state, files):
+            return "silently wrong", "its tensors are not its file's"
+        wrong = [key for key, value in values.items() if not key.startswith("_") and config.get(key) != value]
+        wrong += ["layers"] if stored.get("layers", {}) != config["layers"] else []
+        return ("silently wrong", f"config.json says otherwise of {wrong[0]}") if wrong else ("other", "")
+
+    def _manifest(self, changes: dict[str, Content], seal: str) -> dict[str, Content]:
+        if seal == UNSEALED:
+            return {MANIFEST: None}
+        if seal == SEALED or MANIFEST in changes:
+            return {}
+        now = {name: data for name, data in (self.files | changes).items() if isinstance(data, bytes) and name != MANIFEST}
+        entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in now.items()}
+        return {MANIFEST: json.dumps(json.loads(self.files[MANIFEST]) | {"files": entries}).encode()}
+
+    def _put(self, changes: dict[str, Content]) -> None:
+        for name, content in changes.items():
+            path = self.folder / name
+            self.seen.add(name)
+            _remove(path)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            elif content == LINK:
+                path.symlink_to(self.folder.parent / "outside")
+            elif content == PIPE:
+                os.mkfifo(path)
+            elif content == FOLDER:
+                path.mkdir()
+
+    def _mend(self, changes: dict[str, Content]) -> None:
+        for name in changes:
+            _remove(self.folder / name)
+            if name in self.files:
+                (self.folder / name).write_bytes(self.files[name])
+
+
+class _Hang(BaseException):
+    """Passes through `except Exception`."""
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """An alarm that ends hangs, and a limit on memory, so that what allocates by what a file claims fails."""
+
+    def ring(*_: Any) -> None:
+        raise _Hang
+
+    handler, limits = signal.signal(signal.SIGALRM, ring), resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def small_model(folder: Path) -> Path:
+    """A quantized model as small as they come, with every sort of tensor: 2 blocks of width 16, smoothed, with low-rank parts."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 20, "num_layers": 2, "sample_size": 4, "norm_num_groups": 2}
+    transformer = DiTTransformer2DModel(in_channels=4, out_channels=4, **sizes).eval()
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    pipe = DiTPipeline(transformer=transformer, vae=AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)).eval(), scheduler=DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    few = ["calibration.num_samples=8", "calibration.num_steps=4", "calibration.num_calls=8", "rounding=nearest", "rank=2"]
+    dite.quantize(pipe, "w4a8", overrides=[*few, "transform=smooth+lowrank"])
+    return dite.save(pipe.transformer, folder)
+
+
+def _state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _config(model: Any) -> dict[str, Any]:
+    values = json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_") and key != "quantization_config"}))
+    stored = model.config.get("quantization_config")
+    return values | {"layers": stored.to_dict().get("layers", {}) if stored is not None else {}, "class": type(model).__name__}
+
+
+def _equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
