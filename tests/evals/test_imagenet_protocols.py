@@ -85,7 +85,9 @@ def test_imported_statistics_say_what_they_are_of(given):
 
 # The two differ in numbers only, and each takes two dozen eigenproblems of 2048.
 @pytest.mark.parametrize("name", ["imagenet256-qdit10k", pytest.param("imagenet256-adm50k", marks=pytest.mark.slow)])
-def test_a_protocol_runs_through_on_a_small_model(name, given, tiny_pipeline, tmp_path):
+@pytest.mark.timeout(900)
+def test_a_protocol_runs_through_on_a_small_model(name, given, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("dite_evals.fid.SIZES", 2)  # of the 15 eigenproblems of a whole curve 3 are enough here
     dtype = PAPERS[name][-1]
     pipe = tiny_pipeline.to(getattr(torch, dtype))
     changes = {"n": FEW, "steps": 2, "micro_batch": 4, **given}
