@@ -28,6 +28,7 @@ MODEL = "builtin:cifar10-dit"
 SIZES = (1000, 2000, 5000, 10000)
 SEEDS = (0, 1, 2)
 SMALL = 1000
+DEADLINE_S = 900.0
 WAYS = {
     "shards of 1": ("--batch-size", "1"),
     "shards of 7": ("--batch-size", "7"),
@@ -42,13 +43,10 @@ def main() -> None:
     arguments = parse()
     arguments.work.mkdir(parents=True, exist_ok=True)
     sizes = [row(measure(arguments.work / f"seed{seed}", n, "--seed", seed), seed) for seed in SEEDS for n in SIZES]
-    began = time.monotonic()
     reference = measure(arguments.work / "alone", SMALL)
-    seconds = time.monotonic() - began if not (arguments.work / "alone.seconds").exists() else float((arguments.work / "alone.seconds").read_text())
-    (arguments.work / "alone.seconds").write_text(str(seconds))
     equal = [{"how": how, "same": same(measure(arguments.work / how.replace(" ", "-"), SMALL, *flags), reference)} for how, flags in WAYS.items()]
     draw = random.Random(0)
-    kills = [killed(arguments.work / f"killed-{index}", draw, seconds, reference) for index in range(arguments.kills)]
+    kills = [killed(arguments.work / f"killed-{index}", draw, reference) for index in range(arguments.kills)]
     document: dict[str, Any] = {
         "command": f"python evals/fid_repeatability.py --out {arguments.out} --kills {arguments.kills}",
         "environment": environment(),
@@ -86,22 +84,22 @@ def measure(output: Path, n: int, *flags: Any) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def killed(output: Path, draw: random.Random, seconds: float, reference: dict[str, Any]) -> dict[str, Any]:
-    """Kill a run and its ranks at a random moment of its sampling, go on with another number of ranks and other shards, and compare."""
-    ranks, resumed, batch = draw.choice((1, 2)), draw.choice((1, 2, 3)), draw.choice((1, 7, 64))
-    after_s = draw.uniform(0.2, 0.9) * seconds / ranks
-    facts = {"ranks": ranks, "resumed_ranks": resumed, "resumed_shards": batch, "killed_after_s": round(after_s, 1)}
+def killed(output: Path, draw: random.Random, reference: dict[str, Any]) -> dict[str, Any]:
+    """Kill a run and its ranks once a random number of its 20 shards is there, go on with other ranks and other shards, and compare."""
+    ranks, resumed, batch, after = draw.choice((1, 2)), draw.choice((1, 2, 3)), draw.choice((1, 7, 64)), draw.randint(1, 18)
+    facts = {"ranks": ranks, "resumed_ranks": resumed, "resumed_shards": batch, "killed_after_shards": after}
+    samples = output.with_name(f"{output.name}.samples")
     if not output.exists():
         process = subprocess.Popen(
             shell(output, SMALL, "--nproc", ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        try:
-            process.wait(after_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    shards = len(list(output.with_name(f"{output.name}.samples").glob("shard-*")))
+        deadline = time.monotonic() + DEADLINE_S
+        while len(list(samples.glob("shard-*.safetensors"))) < after and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    shards = len(list(samples.glob("shard-*.safetensors")))
     return facts | {"shards_kept": shards, "same": same(measure(output, SMALL, "--nproc", resumed, "--batch-size", batch), reference)}
 
 
