@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,6 +122,7 @@ class _Job:
 
     def load(self, source: Any) -> Any:
         """The diffusers pipeline of a source or a pipeline; a pipeline must already have the protocol's dtype."""
+        from dite.models.digest import dtype_name
         from dite.models.load import load_pipeline
         from dite.sampling import unwrap
 
@@ -161,6 +162,7 @@ class _Job:
 
 
 def _fidelity(job: _Job, settings: FidelityProtocol, baseline: Any) -> dict[str, Any]:
+    from dite.models.digest import dtype_name, model_digest
     from dite_evals.fidelity import PairedFidelity
 
     if baseline is None:
@@ -329,6 +331,7 @@ def _resume_key(job: _Job, pipe: Any) -> dict[str, Any]:
     import torch
 
     import dite
+    from dite.models.digest import dtype_name, model_digest
     from dite.models.inspect import stats
 
     settings = job.settings.model_dump(include={"steps", "guidance", "seed", "micro_batch", "prompts"})
@@ -339,37 +342,10 @@ def _resume_key(job: _Job, pipe: Any) -> dict[str, Any]:
     return settings | machine | versions | {"dtype": dtype_name(pipe), "model": model_digest(pipe)} | _exchange(pipe)
 
 
-def model_digest(pipe: Any) -> str:
-    """SHA-256 over every weight and configuration of a pipeline, its classes among them: where it was loaded from doesn't matter."""
-    import hashlib
-    import json
-
-    import torch
-
-    own = {key: value for key, value in dict(pipe.config).items() if key not in pipe.components and not key.startswith("_")}
-    digest = hashlib.sha256(f"{type(pipe).__name__} {json.dumps(own, sort_keys=True, default=_as_json)}".encode())
-    for name, part in sorted(pipe.components.items()):
-        digest.update(f"{name} {type(part).__name__} {json.dumps(_config_of(part), sort_keys=True, default=_as_json)}".encode())
-        if isinstance(part, torch.nn.Module):
-            for key, value in plain_tensors(part.state_dict()):
-                digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def plain_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The tensors of a state dict in order of their names. One of a class of its own (torchao's codes with their scales, say) has no bytes to look
-    at: it is taken apart into `name.part`s."""
-    for key, value in sorted(state.items()):
-        if hasattr(value, "__tensor_flatten__"):
-            yield from plain_tensors({f"{key}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]})
-        else:
-            yield key, value
-
-
 def _configuration(job: _Job, pipe: Any) -> dict[str, Any]:
     from dite.checkpoint.diffusers_quantizer import recipe_of
     from dite.models.access import the_denoiser
+    from dite.models.digest import dtype_name, model_digest
     from dite.sampling import takes_classes
 
     recipe = recipe_of(the_denoiser(pipe))
@@ -403,26 +379,10 @@ def source_name(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else f"a {type(source).__name__} in memory"
 
 
-def dtype_name(pipe: Any) -> str:
-    """`float32` and the like: the dtype that the denoiser computes in."""
-    from dite.models.access import the_denoiser
-
-    return str(the_denoiser(pipe).dtype).removeprefix("torch.")
-
-
 def _names(pipe: Any) -> dict[int, str]:
     from dite.sampling import class_names
 
     return class_names(pipe)
-
-
-def _config_of(part: Any) -> dict[str, Any]:
-    config = getattr(part, "config", None) or {}
-    return {key: value for key, value in dict(config.to_dict() if hasattr(config, "to_dict") else config).items() if key != "_name_or_path"}
-
-
-def _as_json(value: Any) -> Any:
-    return value.to_dict() if hasattr(value, "to_dict") else str(value)
 
 
 def _stack(images: list) -> Any:

@@ -11,11 +11,9 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
 import dite
 from dite_evals.checkpoint_lies import Liar
+from dite_evals.random_models import tiny_pipeline
 from dite_evals.report import environment
 
 FILES = ["dite_manifest.json", "model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
@@ -49,11 +47,7 @@ def main() -> None:
 
 def pipeline(folder: Path) -> Path:
     """A small quantized pipeline, saved."""
-    torch.manual_seed(0)
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 20, "num_layers": 2, "sample_size": 4, "norm_num_groups": 2}
-    transformer = DiTTransformer2DModel(in_channels=4, out_channels=4, **sizes).eval()
-    vae = AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)).eval()
-    pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler(), id2label={0: "cat", 1: "dog"})
+    pipe = tiny_pipeline()
     dite.quantize(pipe, "w4a8", effort="fast")
     return dite.save(pipe, folder)
 

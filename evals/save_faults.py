@@ -19,9 +19,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import dite
+from dite_evals.random_models import tiny_pipeline
 from dite_evals.report import environment
 from dite_evals.save_faults import contents, forked, full_at, killed_at, points_of, race
 
@@ -48,13 +48,9 @@ def main() -> None:
         print(key, json.dumps({name: value for name, value in document[key].items() if name != "rows"}))
 
 
-def pipeline(recipe: str) -> DiTPipeline:
+def pipeline(recipe: str) -> Any:
     """A small quantized pipeline."""
-    torch.manual_seed(0)
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 20, "num_layers": 2, "sample_size": 4, "norm_num_groups": 2}
-    transformer = DiTTransformer2DModel(in_channels=4, out_channels=4, **sizes).eval()
-    vae = AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)).eval()
-    pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler(), id2label={0: "cat", 1: "dog"})
+    pipe = tiny_pipeline()
     dite.quantize(pipe, recipe, effort="fast")
     return pipe
 

@@ -13,12 +13,11 @@ from torch import nn
 from dite import __version__
 from dite.checkpoint.diffusers_quantizer import recipe_of, search_plan_of
 from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, file_digest, read_manifest
-from dite.checkpoint.lock import OutputLock
 from dite.checkpoint.space import needed_bytes, room
 from dite.checkpoint.swap import recover, replace_folder, sync
 from dite.errors import OutputExists, UnsupportedModel, UsageError
 from dite.models.access import denoisers, unwrap
-from dite.outputs import check_writable
+from dite.outputs import OutputLock, check_writable
 from dite.quant.lora import UNLOAD, refuse_adapters
 from dite.recipe import QuantRecipe
 

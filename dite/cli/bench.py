@@ -239,7 +239,7 @@ def _loaded(model: str, device: str) -> Any:
 
 def _digest(model: str) -> str:
     """Which model the ranks loaded, as `dite report` asks for it."""
-    from dite.evaluation import model_digest
+    from dite.models.digest import model_digest
     from dite.models.load import load_pipeline
 
     return model_digest(load_pipeline(model, dtype="bfloat16"))

@@ -111,7 +111,7 @@ def generate(
 
 def _identity(pipe: Any, model: str, arguments: Sequence[str]) -> dict[str, Any]:
     """What an exchange was measured on, as `dite report` asks for it."""
-    from dite.evaluation import dtype_name, model_digest
+    from dite.models.digest import dtype_name, model_digest
 
     return {"model": model, "dtype": dtype_name(pipe), "model_sha256": model_digest(pipe), "command": shlex.join(["dite", *arguments])}
 

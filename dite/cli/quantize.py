@@ -50,7 +50,7 @@ def quantize(
     check_output(output, overwrite)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise UsageError(f"{output} is the model itself", "--overwrite would replace the original by its quantized copy", "choose another -o")
-    from dite.checkpoint.lock import OutputLock
+    from dite.outputs import OutputLock
 
     if not dry_run:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)

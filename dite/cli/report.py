@@ -70,8 +70,8 @@ def _subject(model: str) -> Subject:
     """The model, loaded once as it is stored, and again for each other dtype that a report ran in."""
     import dite
     from dite.checkpoint.diffusers_quantizer import recipe_of, search_plan_of
-    from dite.evaluation import dtype_name, model_digest
     from dite.models.access import denoisers, the_denoiser
+    from dite.models.digest import dtype_name, model_digest
     from dite.models.load import load_pipeline
     from dite_evals.model_report import Subject
 

@@ -140,7 +140,7 @@ def _cast_own_(module: torch.nn.Module, dtypes: dict[str, torch.dtype | None]) -
 
 def _header(model: Any, recipe: QuantRecipe) -> dict[str, Any]:
     """What a journal belongs to: everything that decides what its numbers are, to the last bit."""
-    from dite.evaluation import model_digest
+    from dite.models.digest import model_digest
 
     pipe = unwrap(model)
     return {

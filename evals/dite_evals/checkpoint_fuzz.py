@@ -30,6 +30,7 @@ import torch
 import dite
 from dite.errors import DiteError
 from dite_evals.checkpoint_mutants import FOLDER, LINK, PIPE, Content, mutate
+from dite_evals.random_models import tiny_pipeline
 
 MANIFEST = "dite_manifest.json"
 CASE_SECONDS = 10
@@ -173,14 +174,9 @@ def _limits() -> Iterator[None]:
 
 def small_model(folder: Path) -> Path:
     """A quantized model as small as they come, with every sort of tensor: 2 blocks of width 16, smoothed, with low-rank parts."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 20, "num_layers": 2, "sample_size": 4, "norm_num_groups": 2}
-    transformer = DiTTransformer2DModel(in_channels=4, out_channels=4, **sizes).eval()
-    for parameter in transformer.parameters():
+    pipe = tiny_pipeline()
+    for parameter in pipe.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    pipe = DiTPipeline(transformer=transformer, vae=AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)).eval(), scheduler=DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     few = ["calibration.num_samples=8", "calibration.num_steps=4", "calibration.num_calls=8", "rounding=nearest", "rank=2"]
     dite.quantize(pipe, "w4a8", overrides=[*few, "transform=smooth+lowrank"])

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from dite.outputs import OutputLock
 from dite_evals.extractors import Extractor
-from dite_evals.shards import Shards, Span, alone_in, begin, claim, digest
+from dite_evals.shards import Shards, Span, begin, claim, digest
 from dite_evals.workers import Workers
 
 SHEET = 100  # images that a report shows
@@ -55,7 +56,7 @@ class FidRun:
         """
         stale = claim(self.folder, self.configuration, self.discard)
         self.workers.wait()  # all ranks have looked before one changes anything
-        with alone_in(self.folder) if self.workers.rank == 0 else nullcontext():
+        with OutputLock(self.folder) if self.workers.rank == 0 else nullcontext():
             if self.workers.rank == 0:
                 begin(self.folder, self.configuration, stale)
             self.workers.wait()

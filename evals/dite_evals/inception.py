@@ -30,7 +30,7 @@ from dite.errors import CheckpointError, UsageError
 from dite_evals.extractors import Extractor
 from dite_evals.resize import Resize, resize
 from dite_evals.spatial import CHANNELS, spatial_features
-from dite_evals.weights import conversion, fit_, read_weights, weights_sha256
+from dite_evals.weights import fit_, read_weights, weights_sha256
 
 NAME = "inception-v3-tf"
 SIZE = 299
@@ -39,8 +39,8 @@ SPATIAL_BLOCK = "Mixed_6d"
 GOLDEN = ".golden.safetensors"
 GOLDEN_TOLERANCE = 1e-3
 HINT = (
-    "the weights are pytorch-fid's pt_inception-2015-12-05-6726825d.pth (its SHA-256 begins with 6726825d), converted to safetensors by: "
-    + conversion("pt_inception-2015-12-05-6726825d.pth", "inception.safetensors")
+    "the weights are pytorch-fid's pt_inception-2015-12-05-6726825d.pth (its SHA-256 begins with 6726825d), converted once: "
+    "dite convert pt_inception-2015-12-05-6726825d.pth -o inception.safetensors"
 )
 
 Step = tuple[str, int, tuple[int, int]]  # name, channels, kernel (rows, columns)

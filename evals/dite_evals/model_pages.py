@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from dite.outputs import write_file
 from dite_evals.model_report_html import render
 from dite_evals.model_schema import ModelDocument
 from dite_evals.model_sections import Block, Section, Table, model_facts, sections, tiles_of
@@ -30,9 +30,7 @@ def write_model_report(document: dict[str, Any], folder: Path) -> dict[str, str]
     }
     paths = {kind: folder / f"report.{kind}" for kind in texts}
     for kind, text in texts.items():
-        partial = paths[kind].with_name(paths[kind].name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, paths[kind])
+        write_file(paths[kind], text.encode())
     return {kind: str(path) for kind, path in paths.items()}
 
 

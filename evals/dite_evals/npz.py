@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dite.errors import CheckpointError
-from dite_evals.shards import write_file
+from dite.outputs import write_file
 
 SUFFIX = ".npy"
 MOST_BYTES = 8192**2 * 8  # a covariance of 8192 features

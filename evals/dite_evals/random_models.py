@@ -43,3 +43,14 @@ def random_dit(size: dict[str, Any], num_layers: int | None = None) -> Any:
         return DiTTransformer2DModel(**size | ({"num_layers": num_layers} if num_layers else {})).to(dtype=torch.bfloat16).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def tiny_pipeline() -> Any:
+    """A class-conditional pipeline as small as they come: 2 blocks of width 20, autoencoder and scheduler, two classes."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 20, "num_layers": 2, "sample_size": 4, "norm_num_groups": 2}
+    transformer = DiTTransformer2DModel(in_channels=4, out_channels=4, **sizes).eval()
+    vae = AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)).eval()
+    return DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler(), id2label={0: "cat", 1: "dog"})

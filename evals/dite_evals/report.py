@@ -20,9 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from dite.errors import CheckpointError, OutputExists
-from dite.outputs import check_writable
+from dite.outputs import check_writable, write_file
 from dite_evals.schema import ADAPTER, SCHEMA_VERSION
-from dite_evals.shards import write_file
 
 FILE = "report.json"
 PROTOCOL = "protocol.yaml"

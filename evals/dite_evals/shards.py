@@ -10,12 +10,9 @@ longer run keeps the shards of a shorter one, and shards that overlap agree.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dite.errors import CheckpointError, DiteError, ResumeConflict
+from dite.errors import CheckpointError, ResumeConflict
+from dite.outputs import write_file
 
 CONFIG = "config.json"
-LOCK = "lock"
 Span = tuple[int, int]
 
 
 def digest(configuration: dict[str, Any]) -> str:
     """SHA-256 of the canonical JSON."""
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run, until it ends in whatever way. Raises ResumeConflict while another run holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ResumeConflict(f"{folder} is in use", f"{holder} draws into it", "wait for it, or choose another -o") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield
 
 
 def claim(folder: Path, configuration: dict[str, Any], discard: bool = False) -> bool:
@@ -148,19 +128,6 @@ class Shards:
         return self._last[1]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write atomically. Raises DiteError that says how many bytes had no place; what was there before stays."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        why = f"{error.strerror or error}; it takes {len(data)} bytes"
-        raise DiteError(f"can't write {path}", why, "make room and run the same command again: what is drawn is kept") from error
-
-
 def _span(path: Path, facts: Mapping[str, str]) -> tuple[Path, Span]:
     metadata = _open(path, lambda file: file.metadata() or {})
     numbers = [metadata.get(key, "") for key in ("start", "count")]
@@ -191,7 +158,7 @@ def _found(folder: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        if folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".partial" and path.name != LOCK):
+        if folder.exists() and any(path for path in folder.iterdir() if path.suffix != ".partial"):
             raise ResumeConflict(f"{folder} is not empty", f"it has no {CONFIG}, so it is not ours", "choose another -o") from None
         return None
     except (ValueError, TypeError) as error:

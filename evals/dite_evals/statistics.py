@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dite.errors import CheckpointError, UsageError
+from dite.outputs import write_file
 from dite_evals.extractors import Extractor
 from dite_evals.frechet import Moments, Sums, threads_for
-from dite_evals.shards import write_file
 
 FORMAT = "dite-statistics-1"
 SPATIAL = {"mu_spatial", "sigma_spatial"}

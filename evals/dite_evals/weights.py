@@ -17,20 +17,13 @@ PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")
 
 
-def conversion(pickle: str, safetensors: str) -> str:
-    """The command that turns a file of torch.save into safetensors: for the user to run, since it opens a pickle."""
-    load = f"torch.load('{pickle}', map_location='cpu', weights_only=True)"
-    save = f"save_file({{k: v.contiguous() for k, v in {load}.items()}}, '{safetensors}')"
-    return f'python -c "import torch; from safetensors.torch import save_file; {save}"'
-
-
 def read_weights(path: Path, hint: str) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file. A pickle is never opened: loading one runs what it says. Raises UsageError or CheckpointError."""
     if path.is_file() and (path.suffix in PICKLES or _starts_as_pickle(path)):
         raise UsageError(
             f"{path} is a pickle",
             "loading a pickle can run code that is hidden in it, so dite reads safetensors only",
-            f"convert it yourself, once: {conversion(path.name, path.stem + '.safetensors')}",
+            f"dite convert {path.name} -o {path.stem}.safetensors",
         )
     try:
         return load_file(path)

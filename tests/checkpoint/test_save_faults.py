@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dite
-from dite.checkpoint.lock import OutputLock
 from dite.checkpoint.swap import exchange, recover, replace_folder
 from dite.errors import CheckpointError, OutputInUse
+from dite.outputs import OutputLock
 from dite_evals.save_faults import contents, forked, full_at, killed_at, points_of, race
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc"), pytest.mark.timeout(600)]

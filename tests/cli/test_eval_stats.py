@@ -75,7 +75,7 @@ def _builtin():
         (("-o", "s.npz", *BUILTIN, "--keep-features", 2), "no place for them"),
         (("-o", "s.safetensors"), "no extractor was named"),
         (("-o", "s.safetensors", "--extractor", "inceptoin"), "did you mean inception?"),
-        (("-o", "s.safetensors", "--extractor", "inception"), "weights_only=True"),
+        (("-o", "s.safetensors", "--extractor", "inception"), "dite convert"),
         (("-o", "s.safetensors", "--extractor", "dinov2", "--weights", "absent"), "no folder absent"),
         (("-o", "s.safetensors", *BUILTIN, "--weights", "w"), "holds its own"),
         (("-o", "s.safetensors", *BUILTIN, "--resize", "clean"), "resizes nothing"),

@@ -112,7 +112,7 @@ def test_inspect_is_readable_too(run, model_folder):
 def test_an_output_that_another_run_is_writing_is_refused_at_once_with_who_writes_it(quantize, tmp_path):
     import os
 
-    from dite.checkpoint.lock import OutputLock
+    from dite.outputs import OutputLock
 
     with OutputLock(tmp_path / "small"):
         outcome = quantize("--json")

@@ -8,8 +8,20 @@ import pytest
 import torch
 
 import dite
-from dite.errors import CheckpointError, DiteError, NonFiniteOutput, RecipeError, ResumeConflict, UnsupportedEnvironment, UnsupportedModel, UsageError
-from dite.evaluation import FID_KEYS, FIDELITY_KEYS, model_digest, plain_tensors
+from dite.errors import (
+    CheckpointError,
+    DiteError,
+    NonFiniteOutput,
+    OutputInUse,
+    RecipeError,
+    ResumeConflict,
+    UnsupportedEnvironment,
+    UnsupportedModel,
+    UsageError,
+)
+from dite.evaluation import FID_KEYS, FIDELITY_KEYS
+from dite.models.digest import model_digest, plain_tensors
+from dite.outputs import OutputLock
 from dite_evals import figures
 from dite_evals.protocols import balanced, load_protocol
 from dite_evals.shards import claim
@@ -141,7 +153,7 @@ def test_a_full_disk_is_said_with_its_bytes_and_what_was_drawn_is_kept(pipe, smo
         dite.evaluate(pipe, smoke, output=tmp_path / "r")
     monkeypatch.undo()
     names = sorted(path.name for path in (tmp_path / "r.samples").iterdir())
-    assert len(counted) == 3 and names == ["config.json", "lock", "shard-000000.safetensors", "shard-000004.safetensors"]  # no piece of the third
+    assert len(counted) == 3 and names == ["config.json", "shard-000000.safetensors", "shard-000004.safetensors"]  # no piece of the third
     assert dite.evaluate(pipe, smoke, output=tmp_path / "r")["fid"] == whole
 
 
@@ -214,9 +226,7 @@ def test_a_changed_configuration_refuses_the_shards_unless_forced(pipe, worse_pi
 
 
 def test_two_runs_do_not_draw_into_one_folder(pipe, smoke, tmp_path):
-    from dite_evals.shards import alone_in
-
-    with alone_in(tmp_path / "r.samples"), pytest.raises(ResumeConflict, match=f"process {os.getpid()} on"):
+    with OutputLock(tmp_path / "r.samples"), pytest.raises(OutputInUse, match=f"process {os.getpid()} on"):
         dite.evaluate(pipe, smoke, output=tmp_path / "r")
     assert dite.evaluate(pipe, smoke, output=tmp_path / "r")["n"] == 12
 
