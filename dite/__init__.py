@@ -38,9 +38,9 @@ def __dir__() -> list[str]:
 
 
 def _register() -> None:
-    from dite.checkpoint.register import register_with_diffusers
+    from dite.checkpoint.register import register_quantizers
 
-    register_with_diffusers()
+    register_quantizers()
 
 
 _register()

@@ -129,7 +129,8 @@ class QuantRecipe(Strict):
 
     `transform` and `rounding` say what is tried on each layer: with `auto` the best on held-out inputs is kept, as far as `effort` goes; `fast` does
     not calibrate, and rounds to nearest, where they say auto. `rank` is that of transforms with a low-rank part. `linears` is in recipes read
-    from a `plan.json`: the digest of the linears that it was found for.
+    from a `plan.json`: the digest of the linears that it was found for. `text_encoders` rounds the weights of a pipeline's text encoders too; without
+    it they are left alone.
     """
 
     name: str
@@ -143,6 +144,7 @@ class QuantRecipe(Strict):
     calibration: Calibration = Field(default_factory=lambda: Calibration())
     search: Search = Field(default_factory=Search)
     layers: dict[str, LayerOverride] = Field(default_factory=dict)
+    text_encoders: WeightScheme | None = None
     linears: str | None = None
 
     @property

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from dite.checkpoint.format import FORMAT_VERSION
-from dite.checkpoint.register import register_with_diffusers
+from dite.checkpoint.register import register_quantizers
 from dite.errors import CheckpointError, UsageError
 from dite.models.planning import make_plan
 from dite.quant.apply import check_weights, dequantize_linears_, insert_empty_layers_, quantize_linears_, quantized_layers
@@ -263,4 +263,4 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-register_with_diffusers()
+register_quantizers()

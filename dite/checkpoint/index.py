@@ -3,6 +3,7 @@
 diffusers takes any library and any class from a pipeline's index, imports it, and runs a file of the folder when one has the library's name.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def check_values(file: Path, kind: str, name: str) -> dict[str, Any]:
     """The configuration in `file`, if no number in it is beyond what a `kind` of part ever needs. Raises CheckpointError that names the key."""
     values = read_strict(file, name)
     for key, value in leaves({key: value for key, value in values.items() if key != "quantization_config"}):
-        if (type(value) is int and abs(value) > MOST[kind]) or (isinstance(value, float) and abs(value) > 1e12):
+        if (type(value) is int and abs(value) > MOST[kind]) or (
+            isinstance(value, float) and 1e12 < abs(value) < math.inf
+        ):  # strict_json has judged inf
             raise CheckpointError(f"{name}: {key} is {value}", f"at most {MOST[kind]} makes sense there", "is the file damaged?")
     return values
 

@@ -7,7 +7,7 @@ import torch
 
 from dite.checkpoint.format import check_folder
 from dite.errors import UsageError
-from dite.models.access import denoisers
+from dite.models.access import denoisers, text_encoders
 from dite.models.load import complete, from_pretrained, parse_device, parse_dtype, resolve
 from dite.quant.linear import set_backend
 
@@ -24,6 +24,6 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | 
         raise UsageError(f"no folder {folder}", "dite.load takes a folder or builtin:NAME", "for a hub id use dite.Pipeline.from_pretrained")
     sealed = check_folder(path)
     model = complete(from_pretrained(path, parse_dtype(dtype), sealed), path, sealed).to(device)
-    for denoiser in denoisers(model).values():
-        set_backend(denoiser, backend)
+    for part in (*denoisers(model).values(), *text_encoders(model).values()):
+        set_backend(part, backend)
     return model

@@ -42,6 +42,10 @@ SetProtocol = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of an earlier run.")]
+TextEncoders = Annotated[
+    int | None,
+    typer.Option("--text-encoders", metavar="4|6|8", help="Round the text encoders' weights to so many bits, too.", show_default=False),
+]
 Precision = Annotated[DType | None, typer.Option("--dtype", help="Load the model in this precision; as stored unless given.", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image; the next ones count up from it.", min=0, max=2**32 - 1)]

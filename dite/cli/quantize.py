@@ -30,6 +30,7 @@ def quantize(
     budget_bytes: options.BudgetBytes = None,
     budget_bits: options.BudgetBits = None,
     budget_time: options.BudgetTime = None,
+    text_encoders: options.TextEncoders = None,
     dtype: options.Precision = None,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,
@@ -41,7 +42,9 @@ def quantize(
 ) -> Answer:
     """Quantize a model into a folder that plain from_pretrained loads."""
     budgets = {"budget_bytes": budget_bytes, "budget_bits": budget_bits, "budget_time_ms": budget_time}
-    flags = {"effort": effort, "search.strategy": search} | {f"search.{key}": value for key, value in budgets.items()}
+    flags = {"effort": effort, "search.strategy": search, "text_encoders.num_bits": text_encoders} | {
+        f"search.{key}": value for key, value in budgets.items()
+    }
     if any(value is not None for value in budgets.values()):  # the one that is given replaces the recipe's
         flags |= {f"search.{key}": "null" for key, value in budgets.items() if value is None}
     chosen = load_recipe(recipe, [*(set or []), *(f"{key}={value}" for key, value in flags.items() if value is not None)])
@@ -67,14 +70,14 @@ def quantize(
         if dry_run:
             from dite.ptq.quantize import plan
 
-            return _planned(plan(pipe, chosen), output, chosen.search)
+            return _planned(plan(pipe, chosen), output, chosen, _encoders(pipe, chosen))
         report = _quantized(pipe, chosen, output, Run(no_progress, journal, resume, overwrite, lock))
     for line in report.notes:
         note(line)
     for pattern in report.unmatched_patterns:
         note(f"the recipe's pattern {pattern} names no linear of this model")
     document = {"output": str(output)} | report.to_dict()
-    return Answer(document, _summary(document, model, report.wide))
+    return Answer(document, _summary(document, model, report.wide, _conditions(pipe)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,14 @@ def _page(plan: dict | None) -> dict[str, str]:
     return {"plan.html": plan_html(plan)}
 
 
-def _planned(plan, output, search) -> Answer:
+def _encoders(pipe: Any, chosen: Any) -> dict[str, Any]:
+    """The plans of the text encoders, where the recipe asks for them."""
+    from dite.ptq.text_encoders import plan_text_encoders
+
+    return {one.name: one.plan for one in plan_text_encoders(pipe, chosen.text_encoders)} if chosen.text_encoders else {}
+
+
+def _planned(plan, output, recipe, encoders) -> Answer:
     layers = [
         {
             "name": layer.name,
@@ -148,8 +158,11 @@ def _planned(plan, output, search) -> Answer:
             layer["name"], layer["kind"], str(layer["in_features"]), str(layer["out_features"]), f"{weight['num_bits']} bits, {groups}", per
         )
     skipped = [f"skipped {name}: {reason}" for name, reason in plan.skipped.items()]
+    search = recipe.search
     if search.active:
         skipped.append(f"bits, groups and transforms as above are where the search ({search.strategy}) starts; it changes them within its budget")
+    for name, one in encoders.items():
+        skipped.append(f"{name}: {len(one.layers)} layers, {recipe.text_encoders.num_bits} bits, about {megabytes(one.estimated_bytes)}")
     total = f"{len(layers)} layers, about {megabytes(plan.estimated_bytes)}; nothing was written to {output}"
     document = {
         "dry_run": True,
@@ -157,12 +170,20 @@ def _planned(plan, output, search) -> Answer:
         "output": str(output),
         "layers": layers,
         "skipped": plan.skipped,
+        "text_encoders": {name: {"layers": len(one.layers), "estimated_bytes": one.estimated_bytes} for name, one in encoders.items()},
         "estimated_bytes": plan.estimated_bytes,
     }
     return Answer(document, Group(table, *map(escape, skipped), escape(total)))
 
 
-def _summary(document: dict, model: str, wide: bool) -> Group:
+def _conditions(pipe: Any) -> str:
+    """What `dite generate` needs to be told for this model, as an example."""
+    from dite.sampling import takes_classes
+
+    return "-n 10" if not hasattr(pipe, "components") or takes_classes(pipe) else '--prompt "a ship at sea"'
+
+
+def _summary(document: dict, model: str, wide: bool, drawn: str) -> Group:
     """From how much to how much, where it hurts most, and what to do next."""
     before, after, output = document["baseline_bytes"], document["bytes"], document["output"]
     ratio = f"{before / after:.2f} times smaller" if after < before else "no smaller"
@@ -178,10 +199,14 @@ def _summary(document: dict, model: str, wide: bool) -> Group:
         worst.add_row(layer["name"], f"w{layer['weight_bits']}a{layer['activation_bits'] or 16}", f"{layer['error']:.4f}")
     quoted, base = shlex.quote(output), shlex.quote(model)
     steps = [
-        f"next:  dite generate {quoted} -n 10 --compare {base} -o {shlex.quote(output + '-pictures')}",
+        f"next:  dite generate {quoted} {drawn} --compare {base} -o {shlex.quote(output + '-pictures')}",
         f"       dite eval fidelity {quoted} --baseline {base} --n 32",
     ]
     if document["search"]:
         found = document["search"]
         cost += f"; searched {found['search']['forwards']} sample-forwards, error {found['error']:.4f}; see {output}/plan.html"
-    return Group(f"[bold]{escape(output)}[/bold]  {size}", cost, "", *([worst, ""] if measured else []), *map(escape, steps))
+    texts = [
+        f"{name}: {one['layers']} layers, {megabytes(one['baseline_bytes'])} in bf16 → {megabytes(one['bytes'])}"
+        for name, one in document["text_encoders"].items()
+    ]
+    return Group(f"[bold]{escape(output)}[/bold]  {size}", cost, *texts, "", *([worst, ""] if measured else []), *map(escape, steps))

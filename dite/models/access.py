@@ -32,6 +32,12 @@ def denoisers(model: Any) -> dict[str, nn.Module]:
     return found
 
 
+def text_encoders(model: Any) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline by component name; none for a bare model."""
+    parts = getattr(unwrap(model), "components", {})
+    return {name: part for name, part in parts.items() if name.startswith("text_encoder") and isinstance(part, nn.Module)}
+
+
 def the_denoiser(model: Any) -> nn.Module:
     """The first (usually the only) denoiser."""
     return next(iter(denoisers(model).values()))

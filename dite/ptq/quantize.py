@@ -13,6 +13,7 @@ from dite.models.planning import baseline_bytes, make_plan
 from dite.ptq.calibrated import calibrated_
 from dite.ptq.memory import explained_memory, peak_memory_bytes
 from dite.ptq.plan_document import layer_facts, linears_digest
+from dite.ptq.text_encoders import plan_text_encoders, quantize_text_encoders_
 from dite.quant.apply import Progress, check_weights, quantize_linears_
 from dite.quant.plan import QuantPlan
 from dite.recipe import QuantRecipe, load_recipe
@@ -26,7 +27,7 @@ class QuantReport:
     `bytes` and `baseline_bytes` are the transformer's weights on disk, the baseline counted in bf16; `bf16_bytes` is what `bytes` would be if the
     layers left alone were bf16 too. `basis` says how token and conditioning linears
     were told apart; `unmatched_patterns` are those of the recipe's `layers` that name nothing in this model; `notes` what was not done as asked;
-    `plan` what a search found, and what `plan.json` holds.
+    `plan` what a search found, and what `plan.json` holds; `text_encoders` holds `{layers, baseline_bytes, bytes}` of each one that was quantized.
     """
 
     recipe: QuantRecipe
@@ -41,11 +42,17 @@ class QuantReport:
     bf16_bytes: int | None = None
     notes: tuple[str, ...] = ()
     plan: dict[str, Any] | None = field(default=None, repr=False)
+    text_encoders: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `dite quantize --json`."""
         values = {key: getattr(self, key) for key in ("layers", "skipped", "baseline_bytes", "bytes", "seconds", "peak_memory_bytes", "basis")}
-        values |= {"bf16_bytes": self.bf16_bytes, "unmatched_patterns": list(self.unmatched_patterns), "notes": list(self.notes)}
+        values |= {
+            "text_encoders": self.text_encoders,
+            "bf16_bytes": self.bf16_bytes,
+            "unmatched_patterns": list(self.unmatched_patterns),
+            "notes": list(self.notes),
+        }
         values["search"] = self.plan and {key: self.plan[key] for key in ("search", "error", "uniform")}
         return {"recipe": self.recipe.model_dump(mode="json", exclude_unset=True)} | values
 
@@ -97,6 +104,7 @@ def quantize(
         raise UsageError("this plan was found for another model", why, "search again for this model (--search dp), or use a recipe")
     for name, part in found.items():
         check_weights(part, plans[name])
+    encoders = plan_text_encoders(model, recipe.text_encoders) if recipe.text_encoders is not None else []
     baseline = sum(baseline_bytes(part) for part in found.values())
     used, notes = _settle(recipe, model)
     document = None
@@ -110,6 +118,7 @@ def quantize(
                 plans[name] = replace(plans[name], layers=[replace(layer, error=errors[layer.name]) for layer in plans[name].layers])
     for name, part in found.items():
         mark_quantized_(part, plans[name], recipe, document and {"plan": document})
+    encoded = quantize_text_encoders_(encoders, progress)
     layers, skipped, error_of = [], {}, "outputs" if used.calibrated else "weights"
     for name in found:
         prefix = _prefix(name, found)
@@ -120,7 +129,8 @@ def quantize(
     first, *others = plans.values()
     unmatched = tuple(pattern for pattern in first.unmatched if all(pattern in other.unmatched for other in others))
     seconds = time.monotonic() - started
-    return QuantReport(recipe, layers, skipped, baseline, size, seconds, peak_memory_bytes(), first.basis, unmatched, narrow, tuple(notes), document)
+    peak = peak_memory_bytes()
+    return QuantReport(recipe, layers, skipped, baseline, size, seconds, peak, first.basis, unmatched, narrow, tuple(notes), document, encoded)
 
 
 def plan(model: Any, recipe: str | Path | dict | QuantRecipe, example_inputs: dict | None = None) -> QuantPlan:

@@ -14,6 +14,8 @@ DETACH = torch.ops.aten.detach.default  # what `.data` is
 class WeightStandIn(torch.Tensor):
     """[N, K] of `dtype` on `device`; takes no memory. Every operation on it raises UnsupportedModel."""
 
+    _is_hf_initialized = True  # transformers fills weights that don't say so with random numbers, those of linears that their block initializes too
+
     @staticmethod
     def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "WeightStandIn":
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
