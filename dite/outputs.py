@@ -71,6 +71,7 @@ class OutputLock:
         return self._descriptor is not None
 
     def __enter__(self) -> "OutputLock":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         while fcntl is not None and not self.held:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:

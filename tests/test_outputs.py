@@ -5,7 +5,7 @@ import os
 import pytest
 
 from dite.errors import UsageError
-from dite.outputs import check_writable
+from dite.outputs import OutputLock, check_writable
 
 
 def test_a_folder_that_does_not_exist_yet_may_be_written_and_is_not_made(tmp_path):
@@ -32,3 +32,9 @@ def test_a_file_is_no_folder(tmp_path, inside):
 def test_a_place_that_takes_no_files_is_refused():
     with pytest.raises(UsageError, match="can't write to /proc"):
         check_writable("/proc/nothing/here")
+
+
+def test_a_lock_makes_the_folders_above_the_output(tmp_path):
+    with OutputLock(tmp_path / "not" / "there" / "output") as lock:
+        assert lock.held and lock.path.is_file()
+    assert not lock.path.exists()

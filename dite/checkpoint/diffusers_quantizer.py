@@ -117,6 +117,12 @@ class DiteQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what the loader would fail at half-way."""
+        if device_map == "disk" or (isinstance(device_map, dict) and "disk" in device_map.values()):
+            why = "codes are buffers, and diffusers offloads parameters only while it loads"
+            raise UsageError("a quantized model can't be loaded onto the disk", why, "load it, then accelerate.disk_offload(model, folder)")
+
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
         module, _, tensor = param_name.rpartition(".")
         return tensor not in CAST_TENSORS and isinstance(_submodule(model, module), QuantLinear)

@@ -18,6 +18,7 @@ from dite.checkpoint.swap import recover, replace_folder, sync
 from dite.errors import OutputExists, UnsupportedModel, UsageError
 from dite.models.access import denoisers, unwrap
 from dite.outputs import OutputLock, check_writable
+from dite.quant.linear import QuantLinear
 from dite.quant.lora import UNLOAD, refuse_adapters
 from dite.recipe import QuantRecipe
 
@@ -43,6 +44,7 @@ def save(
     for part in getattr(model, "components", {"": model}).values():
         if isinstance(part, nn.Module):
             refuse_adapters(part, "saved: the folder would hold layers that no loader knows", UNLOAD)
+            refuse_offloaded(part)
     folder = Path(folder).absolute()
     check_output(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +66,18 @@ def save(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def refuse_offloaded(part: nn.Module) -> None:
+    """Raise UsageError when some of `part` is elsewhere, where accelerate's offloading puts it: there is nothing to write."""
+    for path, module in part.named_modules():
+        held = "qdata" if isinstance(module, QuantLinear) and not module.scale.is_meta else None  # a backend has those codes
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        away = next((name for name, tensor in tensors if tensor.is_meta and name != held), None)
+        if away is not None:
+            why = "it is on the meta device; accelerate's offloading puts weights elsewhere between calls"
+            hint = "accelerate.hooks.remove_hook_from_module(model, recurse=True), or load the model again"
+            raise UsageError(f"{path}.{away} is not in memory".lstrip("."), why, hint)
 
 
 def check_output(folder: str | Path, overwrite: bool = False) -> None:

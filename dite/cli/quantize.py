@@ -55,8 +55,6 @@ def quantize(
         raise UsageError(f"{output} is the model itself", "--overwrite would replace the original by its quantized copy", "choose another -o")
     from dite.outputs import OutputLock
 
-    if not dry_run:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Held to the end: of two runs that work for hours, one would work for nothing; and a living run's journal must not pass for an interrupted one's.
     with nullcontext() if dry_run else OutputLock(output) as lock:
         journal = journal_of(output) if chosen.calibrated else None

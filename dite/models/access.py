@@ -15,15 +15,18 @@ def unwrap(model: Any) -> Any:
 
 
 def denoisers(model: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by component name, or {"": model} for a bare model. Raises UnsupportedModel when there is none."""
+    """The transformers of a pipeline by component name, or {"": model} for a bare model; of compiled ones, the model inside.
+
+    Raises UnsupportedModel when there is none.
+    """
     model = unwrap(model)
     if isinstance(model, nn.Module):
-        return {"": model}
+        return {"": _uncompiled(model)}
     if not hasattr(model, "components"):
         raise UnsupportedModel(
             f"a {type(model).__name__} is neither a diffusers pipeline nor a torch module", "pass a DiffusionPipeline or its transformer"
         )
-    found = {name: getattr(model, name) for name in COMPONENTS if isinstance(getattr(model, name, None), nn.Module)}
+    found = {name: _uncompiled(getattr(model, name)) for name in COMPONENTS if isinstance(getattr(model, name, None), nn.Module)}
     if not found:
         parts = ", ".join(name for name, part in model.components.items() if isinstance(part, nn.Module)) or "no modules"
         raise UnsupportedModel(
@@ -41,3 +44,8 @@ def text_encoders(model: Any) -> dict[str, nn.Module]:
 def the_denoiser(model: Any) -> nn.Module:
     """The first (usually the only) denoiser."""
     return next(iter(denoisers(model).values()))
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """What `torch.compile` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)

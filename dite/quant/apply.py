@@ -81,15 +81,18 @@ def dequantize_linears_(model: nn.Module) -> None:
 
 
 def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` was."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put `module` where `name` was, and wherever else that one is used: a module may have several names."""
+    old = model.get_submodule(name)
+    names = [other for other, one in model.named_modules(remove_duplicate=False) if one is old]
+    for parent, _, child in (other.rpartition(".") for other in names):
+        setattr(model.get_submodule(parent), child, module)
     if isinstance(module, QuantLinear) and "diffusers" in sys.modules:
         from dite.quant.fused import fuse_  # imports diffusers: only where it is there already
 
-        while parent:
-            fuse_(model.get_submodule(parent))
-            parent = parent.rpartition(".")[0]
+        for parent in {other.rpartition(".")[0] for other in names}:
+            while parent:
+                fuse_(model.get_submodule(parent))
+                parent = parent.rpartition(".")[0]
 
 
 def _relative_error(weight: torch.Tensor, layer: QuantLinear) -> float:

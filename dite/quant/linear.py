@@ -207,9 +207,10 @@ class QuantLinear(nn.Linear):
         return y
 
     def _prepare(self, x_MK: torch.Tensor) -> "Prepared":
-        ready = self._ready(x_MK)
-        if ready is not None:
-            return ready
+        return self._ready(x_MK) or self._prepare_anew(x_MK)
+
+    @torch.compiler.disable  # it happens once, in Python and in C
+    def _prepare_anew(self, x_MK: torch.Tensor) -> "Prepared":
         with self._lock:
             ready = self._ready(x_MK)
             if ready is not None:  # another thread was quicker
@@ -232,7 +233,7 @@ class QuantLinear(nn.Linear):
         """What a prepared weight depends on."""
         buffers = (qdata if qdata is not None else self._buffers["qdata"], self.scale, self.zero_point, self.smooth)
         dtype = None if backend.holds_codes else x_MK.dtype
-        return (self.backend, dtype, x_MK.device, backends.many_floats(self.spec, len(x_MK)), *map(id, buffers))
+        return (self.backend, dtype, x_MK.device, 1 if backends.many_floats(self.spec, len(x_MK)) else 0, *map(id, buffers))
 
     def unprepare(self) -> None:
         """Forget what a backend has prepared; the next call prepares anew."""

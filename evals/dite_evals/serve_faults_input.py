@@ -227,7 +227,7 @@ async def malformed_of(server: Server, count: int, first: int = 0) -> dict[str, 
 
 
 def _wrong(case: Case, answer: Answer) -> str | None:
-    if answer.status >= 500:
+    if answer.status >= 500 and not (answer.status == 504 and _kept_waiting(case, answer)):
         return "server_error"
     if answer.status == 0 and answer.seconds > PATIENCE_S:
         return "hung"
@@ -244,9 +244,24 @@ def _wrong(case: Case, answer: Answer) -> str | None:
     return None if 200 <= answer.status < 400 else "other_shape"
 
 
+def _kept_waiting(case: Case, answer: Answer) -> bool:
+    """Whether a sound request named the time that it would wait for its pictures, and that time was up: then 504 is the answer that it asked for."""
+    asked = _asked(case).get("timeout_s") if case.kind == "body" and case.complete else None
+    return isinstance(asked, int | float) and answer.seconds >= asked
+
+
+def _asked(case: Case) -> dict[str, Any]:
+    """The document in a case's body; empty where there is none."""
+    try:
+        document = json.loads(case.data.partition(b"\r\n\r\n")[2])
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 def _count(case: Case) -> int:
     """How many pictures a good body asks for."""
-    return json.loads(case.data.partition(b"\r\n\r\n")[2]).get("n") or 1
+    return _asked(case).get("n") or 1
 
 
 async def send(server: Server, case: Case) -> Answer:
