@@ -2,6 +2,7 @@
 #
 #   make demo    quantize the built-in model to 4 bits, draw with both, write a report        (a minute, installs aside)
 #   make test    ruff, then pytest                                                            (a few minutes)
+#   make test-oldest   the same tests with the oldest versions that pyproject.toml allows         (twenty minutes; gigabytes: no CPU build of an old torch)
 #   make chaos   mistreat servers, saves and saved models: kill, flood, starve, spoil         (two to five hours)
 #
 # PYTHON=python3.12 chooses the interpreter; PIP_ARGS adds options to pip, for a mirror or a build of torch for your card.
@@ -18,7 +19,7 @@ SHELL    := /bin/bash
 MODEL := builtin:cifar10-dit
 SMALL := demo/cifar10-dit-w4a8
 
-.PHONY: demo test lint chaos clean
+.PHONY: demo test test-oldest lint chaos clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -49,6 +50,27 @@ demo: $(READY)
 test: $(READY) $(GATES)
 	@rm -f $(VENV)/.pytest-status
 	@$(RUFF); lint=$$?; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile; tests=$$?; echo $$tests > $(VENV)/.pytest-status; exit $$((tests ? tests : lint))
+
+# The constraints are read off pyproject.toml, so that the two can't disagree: every >= becomes ==.
+OLDEST := .venv-oldest
+define OLDEST_VERSIONS
+import re, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = (project["optional-dependencies"][extra] for extra in ("serve", "eval", "lora", "dev"))
+wanted = [*project["dependencies"], *(one for extra in extras for one in extra)]
+print(*sorted({re.sub(r">=", "==", one.split(";")[0].strip()) for one in wanted}), sep="\n")
+endef
+export OLDEST_VERSIONS
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) -c "$$OLDEST_VERSIONS" > $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet $(PIP_ARGS) -r $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(RUFF)
