@@ -8,6 +8,9 @@ blocks.N.attn.qkv                  transformer_blocks.N.attn1.to_{q,k,v}        
 blocks.N.attn.proj, mlp.fc1, fc2   transformer_blocks.N.attn1.to_out.0, ff.net.0.proj, ff.net.2
 final_layer.adaLN_modulation.1     proj_out_1
 final_layer.linear                 proj_out_2
+
+diffusers spreads the frequencies of the timestep's embedding over 127 steps where the original has 128, also for the DiTs that it converted itself:
+pictures of a converted model are those of diffusers' own conversion, not the original code's to the last digit.
 """
 
 import math
