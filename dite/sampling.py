@@ -203,7 +203,7 @@ def draw(pipe: Any, conditions: list[Condition], seeds: list[int], settings: Sam
             f"sampling with {type(pipe.scheduler).__name__} drew from torch's global generator, so images don't depend on their seeds alone",
             "use a deterministic sampler such as DDIMScheduler, and call .eval() on the models",
         )
-    images = getattr(output, "images", None)
+    images = _channels_first(getattr(output, "images", None))
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or len(images) != len(conditions) or images.shape[1] != 3:
         raise UnsupportedModel(
             f"{type(pipe).__name__} gives {_describe(images)}, not one RGB image for each of {len(conditions)} conditions",
@@ -216,6 +216,16 @@ def draw(pipe: Any, conditions: list[Condition], seeds: list[int], settings: Sam
     if not torch.isfinite(images).all():
         raise NonFiniteOutput("an image is not finite", "its latents are, but the decoder returned NaN or infinity", "load the pipeline in float32")
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def _channels_first(images: Any) -> Any:
+    """[B, 3, H, W], also where DiTPipeline gives NumPy's [B, H, W, 3] whatever it was asked for (diffusers 0.36)."""
+    import numpy
+    import torch
+
+    if isinstance(images, numpy.ndarray) and images.ndim == 4:
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+    return images
 
 
 class Recorder:

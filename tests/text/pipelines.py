@@ -26,13 +26,14 @@ def t5(width: int):
 
 def clip(width: int, seed: int, projected: bool = True):
     """A CLIP tokenizer and text encoder; `projected` ones give embeddings of 10 numbers."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
     words = ["<|startoftext|>", "<|endoftext|>", *(letter + end for end in ("", "</w>") for letter in LETTERS)]
     vocabulary = {word: index for index, word in enumerate(words)}
     backend = Tokenizer(models.BPE(vocabulary, [], end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words_alone = pre_tokenizers.Split(Regex("[a-z]+"), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words_alone, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
     )
