@@ -95,10 +95,10 @@ class Pipeline:
 
     def set_backend(self, name: str) -> Pipeline:
         """Choose what runs the quantized linears (`auto`, or a name from `dite doctor`)."""
-        from dite.models.access import denoisers
+        from dite.models.access import denoisers, text_encoders
         from dite.quant.linear import set_backend
 
-        for model in denoisers(self.pipe).values():
+        for model in (*denoisers(self.pipe).values(), *text_encoders(self.pipe).values()):
             set_backend(model, name)
         return self
 

@@ -17,9 +17,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
 from dite.checkpoint.diffusers_quantizer import DiteConfig, insert_planned_
+from dite.checkpoint.encoders import check_encoder
 from dite.checkpoint.fields import check_fields
 from dite.checkpoint.header import numel, stored_tensors
 from dite.checkpoint.index import check_pipeline, check_values, kind_of
+from dite.checkpoint.tokenizers import check_tokenizer
 from dite.errors import CheckpointError
 
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -43,6 +45,7 @@ def check_structure(folder: Path, sealed: bool) -> int:
     for name, (library, class_name) in check_pipeline(folder, sealed).items():
         kind, place = kind_of(library, class_name), folder / name
         if kind is None:
+            check_tokenizer(place, name, class_name)
             continue
         config = place / ("scheduler_config.json" if kind == "scheduler" else "config.json")
         if not config.is_file():
@@ -50,6 +53,9 @@ def check_structure(folder: Path, sealed: bool) -> int:
         label = f"{name}/{config.name}"
         if kind == "diffusers" and _class(class_name, "ModelMixin"):
             total += _check_model(place, label, sealed, class_name)
+            continue
+        if kind == "transformers":
+            total += check_encoder(place, label, class_name, sealed)
             continue
         values = check_values(config, kind, label)
         if kind == "scheduler" and sealed:
@@ -174,11 +180,3 @@ def _kinds(name: str, tensor: torch.Tensor, expected: dict[str, torch.Tensor]) -
     if tensor.is_floating_point():
         return FLOATS
     return CODES if tensor.dtype == torch.uint8 else INTEGERS
-
-
-def check_complete(model: nn.Module, folder: Path, name: str) -> None:
-    """Raise CheckpointError if the files in `folder` hold fewer numbers than `model`, a model of transformers: it makes up what is missing."""
-    held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values() if tensor.numel()}
-    stored = sum(numel(entry) for entry in stored_tensors(folder).values())
-    if stored < sum(held.values()):
-        raise CheckpointError(f"{name} is incomplete", f"its files hold {stored} numbers, the model {sum(held.values())}", "download it again")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dite.checkpoint.format import check_folder
-from dite.checkpoint.header import read_header
+from dite.checkpoint.header import read_header, visible
 from dite.errors import CheckpointError, DiteError, UnsupportedEnvironment, UsageError
 from dite.models.builtin import builtin_folder
 
@@ -73,7 +73,8 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None, sealed
         with module_limit(tensors, str(source)) if isinstance(source, Path) else nullcontext():
             if isinstance(source, Path) and not (source / "model_index.json").is_file():
                 return _model_class(source).from_pretrained(source, use_safetensors=True, **_dtype(dtype))
-            return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_dtype(dtype), **_labels(source))
+            parts = _encoders(source, dtype, sealed) if isinstance(source, Path) else {}
+            return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_dtype(dtype), **_labels(source), **parts)
     except DiteError:
         raise
     except Exception as error:  # whatever diffusers raises on a folder it can't read
@@ -89,7 +90,6 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None, sealed
 def complete(model: Any, source: Any, sealed: bool = False) -> Any:
     """`model`, if every tensor of it was in the files, and finite where they are `sealed`. Raises CheckpointError that names the tensor."""
     from dite.checkpoint.diffusers_quantizer import check_finite
-    from dite.checkpoint.structure import check_complete
 
     for name, part in getattr(model, "components", {"": model}).items():
         tensors = (*part.named_parameters(), *part.named_buffers()) if isinstance(part, torch.nn.Module) else ()
@@ -101,18 +101,16 @@ def complete(model: Any, source: Any, sealed: bool = False) -> Any:
             )
         if sealed and isinstance(part, torch.nn.Module) and not getattr(part, "is_quantized", False):  # the quantizer has checked those
             check_finite(part)
-        if isinstance(source, Path) and name and type(part).__module__.startswith("transformers.models.") and isinstance(part, torch.nn.Module):
-            check_complete(part, source / name, name)
     return model
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype that holds most of the transformer's floats on disk; None when it can't be told."""
-    root = next((folder / name for name in ("transformer", ".") if list((folder / name).glob("*.safetensors"))), None)
+    root = next((folder / name for name in ("transformer", ".") if visible(folder / name, "*.safetensors")), None)
     if root is None:
         return None
     counts: dict[torch.dtype, int] = {}
-    for file in root.glob("*.safetensors"):
+    for file in visible(root, "*.safetensors"):
         for name, entry in read_header(file).items():
             dtype = STORED_DTYPES.get(entry.get("dtype"))
             if dtype and not name.endswith(".scale"):
@@ -140,6 +138,16 @@ def parse_device(device: str | torch.device) -> torch.device:
         built = "" if torch.version.cuda or torch.version.hip else "; this torch was built without CUDA"
         raise UnsupportedEnvironment(f"no device {text} here", f"torch sees {cards} CUDA devices{built}", "use --device cpu, or see `dite doctor`")
     return torch.device(text)
+
+
+def _encoders(folder: Path, dtype: torch.dtype | None, sealed: bool) -> dict[str, torch.nn.Module]:
+    """The parts that are models of transformers, each with every tensor that it needs."""
+    from dite.checkpoint.encoders import load_encoder
+    from dite.checkpoint.index import check_pipeline, kind_of
+
+    parts = {name: part for name, part in check_pipeline(folder, sealed).items() if kind_of(*part) == "transformers"}
+    loaded = {name: load_encoder(folder / name, class_name, dtype, sealed) for name, (_, class_name) in parts.items()}
+    return {name: model for name, model in loaded.items() if model is not None}
 
 
 def _dtype(dtype: torch.dtype | None) -> dict[str, torch.dtype]:

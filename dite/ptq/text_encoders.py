@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dite.errors import UnsupportedEnvironment, UsageError
+from dite.errors import QuantizationError, UsageError
 from dite.models.access import text_encoders, unwrap
 from dite.models.discovery import discover
 from dite.models.planning import baseline_bytes, refuse_quantized
@@ -15,8 +15,6 @@ from dite.quant.apply import Progress, check_weights, quantize_linears_
 from dite.quant.lora import refuse_adapters
 from dite.quant.plan import LayerPlan, QuantPlan
 from dite.quant.scheme import LayerScheme, WeightScheme
-
-OLDEST = 5  # before it, transformers loads quantized models in another way
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,10 @@ def plan_text_encoders(model: Any, weight: WeightScheme) -> list[TextEncoder]:
     if not found:
         why = f"{type(unwrap(model)).__name__} has none; text_encoders is for pipelines that read text"
         raise UsageError("there is no text encoder to quantize", why, "leave text_encoders out")
-    planned = []
+    planned: list[TextEncoder] = []
     for name, encoder in found.items():
+        if any(one.model is encoder for one in planned):
+            continue  # one model in two places
         _check_library(name, encoder)
         refuse_quantized(encoder)
         refuse_adapters(encoder, "quantized", "unload them first")
@@ -43,13 +43,16 @@ def plan_text_encoders(model: Any, weight: WeightScheme) -> list[TextEncoder]:
         layers = [LayerPlan(one.name, "token", one.in_features, one.out_features, LayerScheme(weight=weight)) for one in known.linears]
         other = baseline_bytes(encoder) - 2 * sum(layer.in_features * layer.out_features for layer in layers)
         planned.append(TextEncoder(name, encoder, QuantPlan(layers, dict(known.outside), other, known.basis)))
-        check_weights(encoder, planned[-1].plan)
+        try:
+            check_weights(encoder, planned[-1].plan)
+        except QuantizationError as error:
+            raise QuantizationError(f"{name}: {error.what}", error.why, "repair the checkpoint, or leave text_encoders out") from error
     return planned
 
 
 def quantize_text_encoders_(planned: list[TextEncoder], progress: Progress | None = None) -> dict[str, dict[str, int]]:
     """Round them to nearest, in place; returns how many layers each has, and its bytes on disk before (in bf16) and after."""
-    from dite.checkpoint.transformers_quantizer import mark_text_encoder_
+    from dite.checkpoint.transformers_quantizer import mark_text_encoder_  # imports transformers, which class-conditional models can do without
 
     facts = {}
     for one in planned:
@@ -62,10 +65,10 @@ def quantize_text_encoders_(planned: list[TextEncoder], progress: Progress | Non
 
 
 def _check_library(name: str, encoder: nn.Module) -> None:
-    import transformers
+    from transformers import PreTrainedModel
 
-    if not isinstance(encoder, transformers.PreTrainedModel):
+    if not isinstance(encoder, PreTrainedModel):
         raise UsageError(f"{name} can't be quantized", f"a {type(encoder).__name__} is no model of transformers", "leave text_encoders out")
-    if int(transformers.__version__.split(".")[0]) < OLDEST:
-        why = f"it needs transformers {OLDEST} or newer; {transformers.__version__} is installed"
-        raise UnsupportedEnvironment(f"{name} can't be quantized", why, "upgrade transformers, or leave text_encoders out")
+    from dite.checkpoint.transformers_quantizer import check_transformers
+
+    check_transformers(f"{name} can't be quantized", "upgrade transformers, or leave text_encoders out")
