@@ -7,7 +7,6 @@ anything allocated.
 
 import hashlib
 import os
-import re
 import stat
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -15,17 +14,17 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, ValidationError
 
 from dite.checkpoint.header import read_header
-from dite.checkpoint.strict_json import read_strict
+from dite.checkpoint.strict_json import blob_of, read_strict
 from dite.errors import CheckpointError
 from dite.quant.scheme import Strict
 
 MANIFEST, PIPELINE = "dite_manifest.json", "model_index.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 16_000_000
-HARMLESS = (".md", ".png", ".jpg", ".gitattributes")  # what people add to a model's folder, and no loader reads; hidden files too
+HARMLESS = (".md", ".png", ".jpg", ".gitattributes")  # what people add to a model's folder, and no loader reads
 CODE = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".onnx", ".gguf")
 READ = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what loaders read
-BLOBS = re.compile(r"[0-9a-f]{40,64}")
+TEMPLATES = "additional_chat_templates"  # where transformers looks for more of a tokenizer's files
 
 
 class FileEntry(Strict):
@@ -64,7 +63,7 @@ def verify_folder(folder: Path) -> Manifest:
             why = f"it has {status.st_nlink} names: who writes to another of them changes the model"
             raise CheckpointError(f"{name} is a hard link", why, "copy the folder with cp -r")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
-    unlisted = sorted(name for name in found - {*manifest.files, MANIFEST} if not (name.startswith(".") or name.lower().endswith(HARMLESS)))
+    unlisted = sorted(name for name in found - {*manifest.files, MANIFEST} if not _harmless(name))
     if unlisted:
         raise CheckpointError(
             f"{unlisted[0]} is not in the manifest", "a loader could read it unchecked", "remove the file, or save the model again with dite.save"
@@ -87,13 +86,13 @@ def check_folder(folder: Path) -> bool:
         verify_folder(folder)
         return True
     folder = folder.absolute()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
-    _own_files(folder, folder, blobs)
-    for name in component_names(folder):
-        if os.path.lexists(folder / name):
-            if stat.S_ISLNK(os.lstat(folder / name).st_mode):
-                raise CheckpointError(f"{name} is a link", "a model's files lie in its own folder", "copy the folder with links resolved")
-            _own_files(folder, folder / name, blobs)
+    _own_files(folder, folder)
+    for part in component_names(folder):
+        for name in (part, f"{part}/{TEMPLATES}"):
+            if os.path.lexists(folder / name):
+                if stat.S_ISLNK(os.lstat(folder / name).st_mode):
+                    raise CheckpointError(f"{name} is a link", "a model's files lie in its own folder", "copy the folder with links resolved")
+                _own_files(folder, folder / name)
     return False
 
 
@@ -110,7 +109,17 @@ def component_names(folder: Path) -> list[str]:
     return names
 
 
-def _own_files(folder: Path, place: Path, blobs: Path | None) -> None:
+def _harmless(name: str) -> bool:
+    """Whether a file that the manifest doesn't list is none that a loader could read: some find files by their endings, hidden or not.
+
+    Nobody enters hidden folders (`.git`, `.cache` of the hub's client).
+    """
+    if name.startswith("."):
+        return "/" in name or not name.lower().endswith((*READ, *CODE))
+    return name.lower().endswith(HARMLESS)
+
+
+def _own_files(folder: Path, place: Path) -> None:
     if not place.is_dir():
         raise CheckpointError(f"{place.name} is not a folder", f"{PIPELINE} names it as a part", "copy or download the folder again")
     for path in place.iterdir():
@@ -118,8 +127,8 @@ def _own_files(folder: Path, place: Path, blobs: Path | None) -> None:
         if not path.name.endswith(READ):
             continue
         if stat.S_ISLNK(mode):
-            target = path.resolve()
-            if blobs is None or target.parent != blobs.resolve() or not BLOBS.fullmatch(target.name):
+            target = blob_of(path)
+            if target is None:
                 raise CheckpointError(f"{name} is a link", "a model's files lie in its own folder", "copy the folder with links resolved")
             mode = target.stat().st_mode if target.exists() else 0
         if not stat.S_ISREG(mode):

@@ -5,11 +5,11 @@ model have an index (`*.safetensors.index.json`), whose names diffusers joins to
 """
 
 import math
-import stat
+import os
 from pathlib import Path
 from typing import Any
 
-from dite.checkpoint.strict_json import parse_strict, read_strict
+from dite.checkpoint.strict_json import opened, parse_strict, read_strict
 from dite.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -23,11 +23,8 @@ KEYS = {"dtype", "shape", "data_offsets"}
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """The tensor entries of a safetensors file, checked: unique names, known dtypes, sizes that fit shapes, no gap, no overlap."""
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise _bad(file, "it is not a regular file")
-    size = status.st_size
-    with open(file, "rb") as stream:
+    with opened(file, f"{file.parent.name}/{file.name}") as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise _bad(file, f"its header claims {length} bytes of the file's {size}")
@@ -52,11 +49,13 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 def stored_tensors(folder: Path) -> dict[str, dict[str, Any]]:
     """The entries of every tensor that a loader would read in `folder`: of the files its index names, or of its one safetensors file."""
-    indexes = sorted(folder.glob(f"*{INDEX}"))
+    indexes = [folder / f"{name}.index.json" for name in USUAL if (folder / f"{name}.index.json").is_file()]
+    usual = [folder / name for name in USUAL if (folder / name).is_file()]
+    if not indexes and not usual:
+        indexes = visible(folder, f"*{INDEX}")
     if not indexes:
         found: dict[str, dict[str, Any]] = {}
-        usual = [folder / name for name in USUAL if (folder / name).is_file()]
-        for file in usual or sorted(folder.glob("*.safetensors")):
+        for file in usual or visible(folder, "*.safetensors"):
             for name, entry in read_header(file).items():
                 if name in found:
                     raise _bad(file, f"tensor {name!r} is in another file too")
@@ -66,6 +65,11 @@ def stored_tensors(folder: Path) -> dict[str, dict[str, Any]]:
     for index in indexes:
         merged |= _indexed(index)
     return merged
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Files by their pattern, without hidden ones: no loader reads those, pathlib's glob finds them, and manifests need not list them."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def numel(entry: dict[str, Any]) -> int:
@@ -78,7 +82,7 @@ def _indexed(index: Path) -> dict[str, dict[str, Any]]:
     places = read_strict(index, label).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise CheckpointError(f"{label} can't be read", "weight_map is no mapping from tensors to files", "copy or download the folder again")
-    outside = next((place for place in places.values() if Path(place).name != place or not place.endswith(".safetensors")), None)
+    outside = next((place for place in places.values() if Path(place).name != place or place.startswith(".") or not place.endswith(".safetensors")), None)
     if outside is not None:
         raise CheckpointError(f"{label} points at {outside!r}", "weight_map names safetensors files of its own folder only", "don't load this folder")
     found: dict[str, dict[str, Any]] = {}

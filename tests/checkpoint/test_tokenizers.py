@@ -1,0 +1,128 @@
+"""A tokenizer is whole or refused: one without its vocabulary would load, and turn every prompt into `<unk>`."""
+
+import json
+import os
+import shutil
+import sys
+
+import pytest
+
+import dite
+from dite.checkpoint.format import MANIFEST
+from dite.checkpoint.tokenizers import check_tokenizer
+from dite.errors import CheckpointError
+from tests.checkpoint.hostile.spoil import edit, replace_text, reseal
+from tests.checkpoint.hostile.watch import deadline
+from tests.text.pipelines import PIPELINES
+
+FILE, CONFIG = "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return dite.save(PIPELINES["pixart"](), tmp_path_factory.mktemp("tokenizers") / "saved")
+
+
+@pytest.fixture(params=["resealed", "unsealed"])
+def seal(request):
+    return reseal if request.param == "resealed" else lambda folder: (folder / MANIFEST).unlink()
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "q")
+
+
+DAMAGE = {
+    "no vocabulary": (FILE, "missing", lambda folder: (folder / FILE).unlink()),
+    "no folder": ("tokenizer", "missing", lambda folder: shutil.rmtree(folder / "tokenizer")),
+    "a truncated vocabulary": (FILE, "can't be read", lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-9])),
+    "an empty vocabulary": (FILE, "can't be read", lambda folder: (folder / FILE).write_bytes(b"")),
+    "a deep vocabulary": (FILE, "nested deeper", lambda folder: (folder / FILE).write_text('{"a":' * 50_000)),
+    "a number beyond all": (CONFIG, "no finite number", lambda folder: replace_text(folder / CONFIG, "{", '{"model_max_length": 1e999, ')),
+    "a key twice": (CONFIG, "appears twice", lambda folder: replace_text(folder / CONFIG, "{", '{"x": 1, "x": 2, ')),
+    "a deep file of no use": ("tokenizer/x.json", "nested deeper", lambda folder: (folder / "tokenizer/x.json").write_text('{"a":' * 50_000)),
+    "a vocabulary elsewhere": (CONFIG, "points at", lambda folder: edit(folder / CONFIG, lambda c: c.update(vocab_file="/etc/passwd"))),
+    "a vocabulary that is a number": (CONFIG, "points at 0", lambda folder: edit(folder / CONFIG, lambda c: c.update(tokenizer_file=0))),
+    "a version elsewhere": (
+        CONFIG, "points at", lambda folder: edit(folder / CONFIG, lambda c: c.update(fast_tokenizer_files=["../../tokenizer.4.0.json"])),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_tokenizer_is_refused_by_file(name, folder, seal):
+    file, word, damage = DAMAGE[name]
+    damage(folder)
+    seal(folder)
+    with pytest.raises(CheckpointError, match=rf"(?s)^{file}.*{word}"):
+        dite.load(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="makes a pipe")
+def test_a_pipe_among_the_templates_of_a_tokenizer_does_not_hang(folder):
+    """transformers opens whatever it finds there."""
+    (folder / MANIFEST).unlink()
+    (folder / "tokenizer/additional_chat_templates").mkdir()
+    os.mkfifo(folder / "tokenizer/additional_chat_templates/.x.jinja")
+    with deadline(30), pytest.raises(CheckpointError, match="not a regular file"):
+        dite.load(folder)
+
+
+def test_a_whole_tokenizer_loads_with_or_without_a_manifest(folder, seal):
+    edit(folder / CONFIG, lambda config: config.update(special_tokens_map_file="/home/somebody/special_tokens_map.json", tokenizer_file="/no/such"))
+    seal(folder)
+    assert dite.load(folder).tokenizer("ab").input_ids == [3, 4, 5, 1]
+
+
+WHOLE = [
+    ("T5Tokenizer", ["tokenizer.json"]),
+    ("T5TokenizerFast", ["spiece.model"]),
+    ("CLIPTokenizer", ["vocab.json", "merges.txt"]),
+    ("Qwen2Tokenizer", ["merges.txt", "tokenizer_config.json", "vocab.json"]),
+    ("PreTrainedTokenizerFast", ["tokenizer.json"]),
+    ("LlamaTokenizerFast", ["tokenizer.model"]),
+    ("ByT5Tokenizer", ["tokenizer_config.json"]),
+    ("CLIPImageProcessor", ["preprocessor_config.json"]),
+    ("AutoTokenizer", ["vocab.txt"]),
+    ("CLIPProcessor", ["tokenizer.json", "preprocessor_config.json"]),
+]
+PARTIAL = [
+    ("T5TokenizerFast", ["vocab.json"], "tokenizer.json, or spiece.model"),
+    ("CLIPTokenizer", ["vocab.json"], "vocab.json and merges.txt"),
+    ("CLIPTokenizer", ["merges.txt"], "vocab.json and merges.txt"),
+    ("PreTrainedTokenizerFast", ["tokenizer_config.json"], "tokenizer.json"),
+    ("AutoTokenizer", ["tokenizer_config.json"], "tokenizer.json"),
+    ("CLIPProcessor", ["preprocessor_config.json"], "tokenizer.json"),
+]
+
+
+def write(place, files):
+    for file in files:
+        (place / file).write_text("{}")
+
+
+@pytest.mark.parametrize(("name", "files"), WHOLE)
+def test_either_format_of_a_tokenizer_is_whole(name, files, tmp_path):
+    write(tmp_path, files)
+    check_tokenizer(tmp_path, "tokenizer", name)
+
+
+@pytest.mark.parametrize(("name", "files", "wanted"), PARTIAL)
+def test_a_part_of_a_format_is_not(name, files, wanted, tmp_path):
+    write(tmp_path, files)
+    with pytest.raises(CheckpointError, match=rf"(?s)^tokenizer/tokenizer.json is missing.*{wanted}"):
+        check_tokenizer(tmp_path, "tokenizer", name)
+
+
+def test_an_automatic_tokenizer_is_judged_by_the_class_that_its_configuration_names(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    check_tokenizer(tmp_path, "tokenizer", "AutoTokenizer")
+
+
+def test_a_vocabulary_of_twenty_megabytes_and_any_words_is_read(tmp_path):
+    words = {"": 0, "a.b": 1, "-Infinity": 2, "\u2581x" * 10: 3} | {f"word {number} " * 10: number for number in range(4, 180_000)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}, ensure_ascii=False))
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {10**30}}}')
+    assert (tmp_path / "tokenizer.json").stat().st_size > 20e6
+    check_tokenizer(tmp_path, "tokenizer", "T5TokenizerFast")
