@@ -10,6 +10,7 @@ import torch
 from dite.errors import DiteError, QuantizationError
 
 SAID = ("can't allocate memory", "out of memory", "cannot allocate memory")
+NO_PRIMITIVE = "could not create a primitive"  # all that oneDNN says when it gets none
 
 
 def peak_memory_bytes() -> int:
@@ -26,7 +27,9 @@ def explained_memory(journaled: bool) -> Iterator[None]:
     except DiteError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(words in str(error).lower() for words in SAID):
+        said = str(error).lower().strip()
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or said == NO_PRIMITIVE or any(words in said for words in SAID)
+        if not known:
             raise
         asked = next((line.strip() for line in str(error).splitlines() if any(words in line.lower() for words in SAID)), "")
         why = f"this process had {peak_memory_bytes()} bytes{f'; {asked[-200:]}' if asked else ''}"

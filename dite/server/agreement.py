@@ -83,13 +83,15 @@ def _is_consequence(error: Exception) -> bool:
     return isinstance(error, CONSEQUENCES)
 
 
+NO_PRIMITIVE = "could not create a primitive"  # all that oneDNN says when it gets no memory; what it can't compute is a "primitive descriptor"
 # CUDA, torch on Windows, torch on Linux, C++, cuBLAS
 MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "alloc_failed")
 
 
 def told(error: BaseException) -> dict[str, Any]:
     """A request's error as it is answered: in words, its HTTP status, and whether memory was the reason."""
-    memory = isinstance(error, MemoryError) or any(words in str(error).casefold() for words in MEMORY_WORDS)
+    said = str(error).casefold().strip()
+    memory = isinstance(error, MemoryError) or said == NO_PRIMITIVE or any(words in said for words in MEMORY_WORDS)
     return {"error": in_words(error), "status": getattr(error, "http_status", 500), "memory": memory}
 
 

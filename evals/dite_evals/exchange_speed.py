@@ -209,7 +209,7 @@ class Ranks:
         shared |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "GLOO_SOCKET_IFNAME": links.INTERFACE if network else "lo"}
         self.processes = []
         for rank in range(count):
-            words = [sys.executable, "-m", "dite_evals.exchange_ranks", str(path)]
+            words = [sys.executable, "-P", "-m", "dite_evals.exchange_ranks", str(path)]
             words = network.command(rank, words) if network else words
             log = self._stack.enter_context((self.folder / f"{rank}.log").open("w"))
             streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE} if rank == 0 else {"stdin": subprocess.DEVNULL, "stdout": log}
