@@ -82,7 +82,9 @@ def _indexed(index: Path) -> dict[str, dict[str, Any]]:
     places = read_strict(index, label).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise CheckpointError(f"{label} can't be read", "weight_map is no mapping from tensors to files", "copy or download the folder again")
-    outside = next((place for place in places.values() if Path(place).name != place or place.startswith(".") or not place.endswith(".safetensors")), None)
+    outside = next(
+        (place for place in places.values() if Path(place).name != place or place.startswith(".") or not place.endswith(".safetensors")), None
+    )
     if outside is not None:
         raise CheckpointError(f"{label} points at {outside!r}", "weight_map names safetensors files of its own folder only", "don't load this folder")
     found: dict[str, dict[str, Any]] = {}

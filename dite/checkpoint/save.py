@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
@@ -34,7 +37,8 @@ def save(
     The folder appears whole or not at all, also when the process dies. `id2label`, which diffusers' own saving drops, is kept, and paths of this
     machine are not; a quantized model's recipe lies beside the weights, and the plan of one that was searched. `attachments` are further text files,
     by name. `lock` is for callers who hold the output's lock already. Raises OutputExists unless `overwrite`, OutputInUse when another run writes
-    there, CheckpointError when the disk is full (what was there before is untouched), UsageError while LoRA adapters are attached.
+    there, CheckpointError when the disk is full (what was there before is untouched), UsageError while LoRA adapters are attached,
+    UnsupportedModel when a diffusers model has one tensor under two names, which its format can't say.
     """
     model = unwrap(model)
     recipe = next(filter(None, map(recipe_of, denoisers(model).values())), None)
@@ -45,6 +49,7 @@ def save(
         if isinstance(part, nn.Module):
             refuse_adapters(part, "saved: the folder would hold layers that no loader knows", UNLOAD)
             refuse_offloaded(part)
+            refuse_shared(part)
     folder = Path(folder).absolute()
     check_output(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +83,34 @@ def refuse_offloaded(part: nn.Module) -> None:
             why = "it is on the meta device; accelerate's offloading puts weights elsewhere between calls"
             hint = "accelerate.hooks.remove_hook_from_module(model, recurse=True), or load the model again"
             raise UsageError(f"{path}.{away} is not in memory".lstrip("."), why, hint)
+
+
+def refuse_shared(part: nn.Module) -> None:
+    """Raise UnsupportedModel when a diffusers model has one tensor under two names: safetensors would, after the files before it are written."""
+    from diffusers import ModelMixin
+
+    if not isinstance(part, ModelMixin):  # models of transformers know which of theirs are tied
+        return
+    held: dict[tuple, list[tuple[int, int, str]]] = {}
+    for name, tensor in _stored(part):
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided  # other quantizers' tensors have no storage
+        if plain and not tensor.is_meta and tensor.numel() and tensor.is_contiguous():  # diffusers writes a copy of what isn't contiguous
+            storage, start = tensor.untyped_storage(), tensor.data_ptr()
+            place = (tensor.device, storage.data_ptr(), storage.nbytes())
+            held.setdefault(place, []).append((start, start + tensor.numel() * tensor.element_size(), name))
+    for spans in held.values():
+        for (_, end, first), (start, _, second) in pairwise(sorted(spans)):
+            if start < end:
+                why = f"{first} and {second} are one tensor, and a diffusers folder holds each name's own numbers"
+                hint = f"give each its own layer before quantizing (copy.deepcopy the module of {second}), or save the state_dict yourself"
+                raise UnsupportedModel(why, hint, what=f"this {type(part).__name__} can't be saved")
+
+
+def _stored(part: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `state_dict` would list, without the copies that quantized layers make of codes that a backend holds."""
+    for path, module in part.named_modules(remove_duplicate=False):
+        kept = {name: tensor for name, tensor in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        yield from ((f"{path}.{name}".lstrip("."), tensor) for name, tensor in (module._parameters | kept).items() if tensor is not None)
 
 
 def check_output(folder: str | Path, overwrite: bool = False) -> None:

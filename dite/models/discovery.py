@@ -15,9 +15,13 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dite.errors import UnsupportedModel, UsageError
+from dite.quant.apply import quantizable_dtype
+from dite.quant.linear import QuantLinear
 
 OUTSIDE = "outside the transformer blocks (embedder or last projection)"
 READ_DIRECTLY = "nn.MultiheadAttention reads this layer's weight itself"
+OWN_FORWARD = "its class computes something else than a linear"
+HOOKED = "it has hooks on its forward, which a quantized layer would lose"
 MIN_SHARE = 0.02
 MIN_MEMBERS = 2
 # Class-name fragments of modules whose linears see the conditioning vector, for models that can't be run.
@@ -103,7 +107,25 @@ def skip_reason(name: str, module: nn.Module, inside: bool) -> str | None:
     """Why a linear is left alone whatever a recipe's defaults say; None for those that they decide."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return READ_DIRECTLY
+    if not _just_linear(module):
+        return f"{OWN_FORWARD} ({type(module).__name__})"
+    if _hooked(module) and not module.weight.is_meta and quantizable_dtype(module.weight):  # otherwise `check_weights` tells the better reason
+        return HOOKED
     return None if inside else OUTSIDE
+
+
+def _just_linear(module: nn.Linear) -> bool:
+    """Whether calling the module is x·Wᵀ + b."""
+    if isinstance(module, QuantLinear) or type(module).forward is nn.Linear.forward:
+        return True
+    # diffusers' own, a linear like any other until an adapter of the old kind is put in.
+    return type(module).__name__ == "LoRACompatibleLinear" and module.lora_layer is None
+
+
+def _hooked(module: nn.Linear) -> bool:
+    """Whether something listens to the module or was put in the place of its forward (as accelerate and diffusers do), other than our own hooks."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return "forward" in vars(module) or any(not str(getattr(hook, "__module__", "")).startswith("dite.") for hook in hooks)
 
 
 @torch.no_grad()

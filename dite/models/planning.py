@@ -32,7 +32,10 @@ def make_plan(model: nn.Module, recipe: QuantRecipe, discovery: Discovery | None
         else:
             layers.append(LayerPlan(linear.name, linear.kind, linear.in_features, linear.out_features, scheme))
     if not layers:
-        raise UnsupportedModel(f"recipe {recipe.name} leaves all {len(skipped)} linears alone", "give at least one kind of linear a weight scheme")
+        inside = [reason for reason in skipped.values() if reason != OUTSIDE]
+        most = f": {max(inside, key=inside.count)}" if inside else ""
+        hint = "give at least one kind of linear a weight scheme, or take off what keeps linears from being quantized"
+        raise UnsupportedModel(f"recipe {recipe.name} leaves all {len(skipped)} linears alone{most}", hint)
     planned = sum(layer.in_features * layer.out_features for layer in layers)
     unmatched = recipe.unmatched([*(linear.name for linear in linears), *skipped])
     return QuantPlan(layers, skipped, baseline_bytes(model) - 2 * planned, discovery.basis, unmatched)

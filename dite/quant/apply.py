@@ -33,18 +33,28 @@ def quantize_linears_(model: nn.Module, plan: QuantPlan, progress: Progress | No
 
 
 def check_weights(model: nn.Module, plan: QuantPlan) -> None:
-    """Raise QuantizationError, which names the layer, if a weight is not finite, planned or not; UnsupportedModel if one isn't in memory."""
+    """Raise QuantizationError, which names the layer, if a weight is not finite, planned or not, or has a dtype that nothing is computed in;
+    UnsupportedModel if one isn't in memory."""
     for layer in plan.layers:
         linear = model.get_submodule(layer.name)
         if linear.weight.is_meta:
             raise UnsupportedModel(f"the weight of {layer.name} is not in memory (meta device)", "load the model without offloading first")
+        if not quantizable_dtype(linear.weight):
+            why = f"its weight is {linear.weight.dtype}; it must be a real floating-point number of at least 16 bits"
+            raise QuantizationError(f"layer {layer.name} can't be quantized", why, "load the model in bfloat16 (dtype=torch.bfloat16)")
         QuantLinear.check_weight(linear, layer.name)
     for name, tensor in model.named_parameters():  # biases, norms, embedders: they would spoil the calibration, and the model is spoilt anyway
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
             continue
-        if not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
+        tensor = tensor.detach() if quantizable_dtype(tensor) else tensor.detach().float()  # there is no minimum of float8
+        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             bad = tensor.numel() - int(torch.isfinite(tensor).sum())
             raise QuantizationError(f"{name} is not finite", f"{bad} of its {tensor.numel()} numbers are NaN or inf", "repair the checkpoint")
+
+
+def quantizable_dtype(weight: torch.Tensor) -> bool:
+    """Whether codes can be made of a weight: float8 and complex numbers have no minimum and maximum in torch."""
+    return weight.is_floating_point() and weight.element_size() >= 2
 
 
 def insert_empty_layers_(model: nn.Module, layers: Mapping[str, LayerScheme], device: torch.device | str = "meta") -> None:

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from diffusers import DiTPipeline, PipelineQuantizationConfig
+from diffusers import ConfigMixin, DiTPipeline, ModelMixin, PipelineQuantizationConfig
+from diffusers.configuration_utils import register_to_config
+from torch import nn
 
 import dite
 from dite.checkpoint.format import MANIFEST, verify_folder
-from dite.errors import OutputExists, UsageError
+from dite.errors import OutputExists, UnsupportedModel, UsageError
 from dite.models.families import example_inputs
 from dite.quant.apply import quantized_layers
 from dite.recipe import load_recipe
@@ -124,3 +126,85 @@ def test_a_failed_save_leaves_the_old_model_and_no_litter(tiny_pipeline, tmp_pat
         dite.save(tiny_pipeline, tmp_path / "q", overwrite=True)
     verify_folder(tmp_path / "q")
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+class Home(ModelMixin, ConfigMixin):
+    """Two blocks of two linears, and a table beside them."""
+
+    @register_to_config
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"first": nn.Linear(width, width), "second": nn.Linear(width, width)}) for _ in range(2))
+        self.table = nn.Embedding(width, width)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["second"](torch.relu(block["first"](x)))
+        return x
+
+
+def share_a_layer(model):
+    model.blocks[1]["second"] = model.blocks[0]["second"]
+
+
+def share_a_block(model):
+    model.blocks[1] = model.blocks[0]
+
+
+def tie_weights(model):
+    model.blocks[1]["second"].weight = model.blocks[0]["second"].weight
+
+
+def view_of_another(model):
+    model.blocks[1]["second"].weight = nn.Parameter(model.blocks[0]["second"].weight.detach()[:])
+
+
+@pytest.mark.parametrize(("share", "quantized"), [(share_a_layer, True), (share_a_block, True), (share_a_layer, False), (tie_weights, False),
+                                                  (view_of_another, False)])  # fmt: skip
+@pytest.mark.parametrize("called", [False, True])
+def test_a_tensor_with_two_names_is_refused_by_both_before_anything_is_written(share, quantized, called, tmp_path):
+    model = Home()
+    share(model)
+    if quantized:
+        dite.quantize(model, "w4a8")
+    if called:  # then a backend may hold the codes
+        model(torch.randn(1, 5, 32))
+    with pytest.raises(UnsupportedModel, match=r"blocks\.0\.\w+\.\w+ and blocks\.1\.\w+\.\w+ are one tensor"):
+        dite.save(model, tmp_path / "q")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_were_tied_are_saved_once_each_layer_has_codes_of_its_own(tmp_path):
+    model = Home()
+    tie_weights(model)
+    dite.quantize(model, "w4a8")
+    x = torch.randn(1, 5, 32)
+    again = Home.from_pretrained(dite.save(model, tmp_path / "q"))
+    assert torch.equal(again(x), model(x))
+
+
+def halves_of_one_storage(model):
+    whole = torch.randn(64, 32)
+    model.blocks[0]["first"].weight, model.blocks[1]["first"].weight = (nn.Parameter(part) for part in whole.chunk(2))
+
+
+def transposed(model):
+    model.table.weight = nn.Parameter(model.blocks[0]["first"].weight.detach().t())
+
+
+@pytest.mark.parametrize("share", [halves_of_one_storage, transposed])
+def test_what_diffusers_itself_saves_is_saved(share, tmp_path):
+    model = Home()
+    share(model)
+    again = Home.from_pretrained(dite.save(model, tmp_path / "q"))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_text_encoder_whose_embedding_has_two_names_is_saved(tmp_path):
+    """Those of transformers know it, and write one."""
+    from tests.text.pipelines import PIPELINES
+
+    pipe = PIPELINES["pixart"]()
+    assert pipe.text_encoder.shared.weight is pipe.text_encoder.encoder.embed_tokens.weight
+    again = dite.load(dite.save(pipe, tmp_path / "q"))
+    assert torch.equal(again.text_encoder.shared.weight, pipe.text_encoder.shared.weight)
