@@ -4,18 +4,23 @@ torch's reader for weights only builds tensors, containers and numbers, and call
 In case it is wrong, this process may take only so much memory, time and disk, and its parent reads nothing from it but a safetensors file, checked.
 """
 
+import ctypes
 import json
+import os
+import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-WRAPPERS = ("state_dict", "model", "ema", "model_state_dict", "module")  # what training scripts wrap a state dict in; `ema` is what is sampled from
-PREFERRED = "ema"
+WRAPPERS = ("ema", "state_dict", "model", "model_state_dict", "module")  # what training scripts wrap a state dict in; `ema` is what is sampled from
+DEEPEST = 3  # wrappers in wrappers, as state_dict.model.module; a dict may hold itself, which has no end
+PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
     """Read, check, write; answers on stdout in JSON."""
-    source, out, max_tensors, max_bytes, seconds = arguments[0], arguments[1], *map(int, arguments[2:5])
+    source, out, max_tensors, max_bytes, seconds, parent = arguments[0], arguments[1], *map(int, arguments[2:6])
+    _die_with(parent)
     _limit(max_bytes, seconds)
     import torch
     from safetensors.torch import save_file
@@ -34,22 +39,43 @@ def main(arguments: list[str]) -> int:
 
 
 def state_dict_of(loaded: Any) -> tuple[str, dict[str, Any]]:
-    """The mapping of names to tensors in what was read, and under which keys it lay. Raises ValueError."""
+    """The mapping of names to tensors in what was read, and under which keys it lay. Raises ValueError.
+
+    A wrapper counts where it leads to tensors; what lies beside it (a step, an optimizer) is left out.
+    """
     import torch
 
-    where: list[str] = []
-    while isinstance(loaded, Mapping) and not any(isinstance(value, torch.Tensor) for value in loaded.values()):
-        inside = [key for key in (PREFERRED, *WRAPPERS) if isinstance(loaded.get(key), Mapping)]
-        if not inside:
-            raise ValueError(f"no tensors, and none of {', '.join(WRAPPERS)}, among its keys")
-        where.append(inside[0])
-        loaded = loaded[inside[0]]
     if not isinstance(loaded, Mapping):
         raise ValueError(f"it holds a {type(loaded).__name__}, not a state dict")
+    # Weights have dimensions: {"ema": {"decay": tensor(0.999)}} is an average's settings, not the average.
+    path = next((found for least in (1, 0) if (found := _way(loaded, least)) is not None), None)
+    if path is None:
+        raise ValueError(f"no tensors among its keys, nor under {', '.join(WRAPPERS)}, at most {DEEPEST} deep")
+    for key in path:
+        loaded = loaded[key]
     wrong = next((str(name) for name, value in loaded.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))), None)
     if wrong is not None:
-        raise ValueError(f"{wrong[:80]} is no tensor")
-    return ".".join(where), dict(loaded)
+        raise ValueError(f"{'.'.join((*path, wrong[:80]))} is no tensor")
+    return ".".join(path), dict(loaded)
+
+
+def _way(level: Mapping[Any, Any], least: int, path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+    """The keys, from outside in, under which tensors of at least `least` dimensions lie; None where there are none."""
+    import torch
+
+    for key in WRAPPERS if len(path) < DEEPEST else ():
+        inside = level.get(key)
+        if isinstance(inside, Mapping) and (found := _way(inside, least, (*path, key))) is not None:
+            return found
+    return path if any(isinstance(value, torch.Tensor) and value.dim() >= least for value in level.values()) else None
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process with the one that waits for it, however that goes: the next run removes what was half written."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _limit(max_bytes: int, seconds: int) -> None:

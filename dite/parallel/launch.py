@@ -72,7 +72,7 @@ def _start(rank: int, count: int, arguments: Sequence[str], folder: Path, log: I
         "LOCAL_WORLD_SIZE": str(count),
         RENDEZVOUS: str(folder / "ranks"),
     }
-    command = [sys.executable, "-m", "dite", *arguments]
+    command = [sys.executable, "-P", "-m", "dite", *arguments]
     if rank:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
     return subprocess.Popen(command, env=environment)

@@ -120,7 +120,7 @@ class Ranks:
         if self.settings.nproc > 1:
             world = {"RANK": str(number), "WORLD_SIZE": str(self.settings.nproc), "LOCAL_RANK": str(number)}
             environment |= world | {RENDEZVOUS: str(Path(self._folder.name) / "ranks")}
-        command = [sys.executable, "-m", "dite.server.rank", str(theirs.fileno()), str(os.getpid())]
+        command = [sys.executable, "-P", "-m", "dite.server.rank", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             popen = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), pass_fds=[theirs.fileno()], start_new_session=True
