@@ -70,7 +70,7 @@ def test_a_pipe_among_the_templates_of_a_tokenizer_does_not_hang(folder):
 
 
 def test_a_whole_tokenizer_loads_with_or_without_a_manifest(folder, seal):
-    edit(folder / CONFIG, lambda config: config.update(special_tokens_map_file="/home/somebody/special_tokens_map.json", tokenizer_file="/no/such"))
+    edit(folder / CONFIG, lambda config: config.update(special_tokens_map_file="/elsewhere/special_tokens_map.json", tokenizer_file="/no/such"))
     seal(folder)
     assert dite.load(folder).tokenizer("ab").input_ids == [3, 4, 5, 1]
 
