@@ -1,4 +1,4 @@
-"""Every transformer class of the installed diffusers, small and with random weights, through dite: written to docs/results/model-support.json.
+"""Every transformer class of the installed diffusers, small and with random weights, through dite: docs/results/model-support.json, docs/models.md.
 
     python evals/model_support.py [--out docs/results/model-support.json] [--only CLASS ...]
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from diffusers import __version__ as diffusers_version
 
 from dite_evals.every_transformer import every_class
-from dite_evals.model_support import RECIPES, support
+from dite_evals.model_support import RECIPES, page, support
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/model-support.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/models.md", help="the same as a table to read")
     parser.add_argument("--only", nargs="+", metavar="CLASS")
     options = parser.parse_args()
     rows = []
@@ -32,6 +33,8 @@ def main() -> None:
     works = sum(all(row.get(recipe) == "works" for recipe in RECIPES) for row in rows)
     facts = {"command": "python evals/model_support.py", "diffusers": diffusers_version, "classes": len(rows), "work": works}
     options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    if options.only is None:
+        options.page.write_text(page(facts | {"rows": rows}))
     print(f"{works} of {len(rows)} work: {options.out}")
 
 

@@ -44,14 +44,38 @@ def whole_life(model: Any, recipe: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
             dite.save(model, Path(folder) / "q")
             again = dite.load(Path(folder) / "q", dtype="float32")
+        weights = {name: layer.dequantize() for name, layer in quantized_layers(again).items()}
         if not quantized_layers(again) or not same_tensors(model, again):
             return "the model that was loaded is not the one that was saved"
         restored = again.dequantize()
         if quantized_layers(restored) or {name: type(module) for name, module in restored.named_modules()} != classes:
             return "dequantizing left something behind"
+        if not all(torch.equal(restored.get_submodule(name).weight, weight) for name, weight in weights.items()):
+            return "dequantizing gave other weights than the codes stand for"
     except DiteError as error:
         return _reason(error)
+    except Exception as error:  # one class must not end the table
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return WORKS
+
+
+def page(document: dict[str, Any]) -> str:
+    """The table as Markdown."""
+    diffusers = document["diffusers"]
+    about = f"Every transformer class of diffusers {diffusers}, small and with random weights: inspected, quantized, saved, loaded bit for bit,"
+    lines = [
+        "# Model classes",
+        "",
+        f"{about}\ndequantized. {document['work']} of {document['classes']} work. Made by `{document['command']}`; the data is in",
+        "[results/model-support.json](results/model-support.json).",
+        "",
+        "| class | blocks found | linears in them | " + " | ".join(RECIPES) + " |",
+        "|---|---|---|" + "---|" * len(RECIPES),
+    ]
+    for row in document["rows"]:
+        blocks = ", ".join(f"{block.replace(' ', ' × ', 1)}" for block in row.get("blocks", [])) or row.get("not_built", "")
+        lines.append(f"| {row['class']} | {blocks} | {row.get('linears', '')} | " + " | ".join(row.get(recipe, "") for recipe in RECIPES) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def same_tensors(model: nn.Module, other: nn.Module) -> bool:

@@ -7,10 +7,11 @@ import diffusers
 import pytest
 
 from dite_evals.every_transformer import every_class, small_model
-from dite_evals.model_support import WORKS, whole_life
+from dite_evals.model_support import WORKS, page, whole_life
 
 CLASSES = every_class()
-TABLE = json.loads((Path(__file__).parents[2] / "docs/results/model-support.json").read_text())
+DOCS = Path(__file__).parents[2] / "docs"
+TABLE = json.loads((DOCS / "results/model-support.json").read_text())
 SAME_VERSION = TABLE["diffusers"] == diffusers.__version__
 
 
@@ -31,3 +32,4 @@ def test_8_bits_through_a_whole_life(name):
 def test_the_published_table_has_every_class_and_says_what_it_says():
     assert [row["class"] for row in TABLE["rows"]] == list(CLASSES) and TABLE["classes"] == len(CLASSES)
     assert TABLE["work"] == sum(row.get("w4a8") == row.get("w8a8") == WORKS for row in TABLE["rows"])
+    assert (DOCS / "models.md").read_text() == page(TABLE)
