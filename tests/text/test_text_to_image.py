@@ -20,7 +20,8 @@ OLD = int(transformers.__version__.split(".")[0]) < 5
 needs_transformers_5 = pytest.mark.skipif(OLD, reason="transformers before 5 loads quantized models in another way")
 
 
-@pytest.fixture(params=PIPELINES)
+# FLUX draws 512×512 whatever its size: seconds a picture.
+@pytest.fixture(params=["pixart", "sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def make(request):
     return PIPELINES[request.param]
 
@@ -40,8 +41,9 @@ def test_a_prompt_decides_the_picture(make):
     assert not torch.equal(cat.latent, dog.latent)
 
 
-def test_it_is_quantized_saved_and_loaded_and_its_text_encoders_are_left_alone(make, tmp_path):
-    pipe = make()
+@pytest.mark.parametrize("name", PIPELINES)
+def test_it_is_quantized_saved_and_loaded_and_its_text_encoders_are_left_alone(name, tmp_path):
+    pipe = PIPELINES[name]()
     before = latents(pipe)
     report = dite.quantize(pipe, "w4a8")
     assert report.text_encoders == {} and not any(quantized_layers(part) for part in encoders(pipe).values())
