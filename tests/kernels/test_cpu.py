@@ -230,7 +230,7 @@ def test_processes_that_start_at_once_compile_one_library(tmp_path):
     kernels = str(Path(build.__file__).parents[2])
     environment = os.environ | {"DITE_CACHE": str(tmp_path), "DITE_CPU_ISA": "portable", "PYTHONPATH": kernels}
     started = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    answers = [process.communicate(timeout=120)[0] for process in started]
+    answers = [process.communicate(timeout=170)[0] for process in started]
     assert all(process.returncode == 0 for process in started) and len(set(answers)) == 1
     assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
 
