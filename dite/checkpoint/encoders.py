@@ -4,7 +4,6 @@ transformers fills whatever a file lacks with random numbers, and says so in a l
 it found is read, after the configuration has been held against the size of the files.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from dite.checkpoint.diffusers_quantizer import DiteConfig, insert_planned_
 from dite.checkpoint.fields import KINDS
 from dite.checkpoint.header import numel, stored_tensors
 from dite.checkpoint.index import check_values
+from dite.checkpoint.skeleton import REFUSED, check_tables, described
 from dite.checkpoint.strict_json import leaves
 from dite.errors import CheckpointError
 
 AT_LEAST_ONE = ("size", "dim", "heads", "layers", "channels", "distance", "buckets", "positions", "position_embeddings")
 DAMAGED = "copy or download the folder again"
-REFUSED = "weights and config.json are from different models"
 
 
 def check_encoder(place: Path, file: str, class_name: str, sealed: bool) -> int:
@@ -29,8 +28,6 @@ def check_encoder(place: Path, file: str, class_name: str, sealed: bool) -> int:
 
     Raises CheckpointError that names `file`, the configuration. `sealed`: `dite.save` wrote it.
     """
-    from dite.checkpoint.structure import BASE_TABLE_BYTES, module_limit
-
     values, stored, cls = check_values(place / "config.json", "transformers", file), stored_tensors(place), _class(class_name)
     _check_kernels(values, file)
     ours = _our_config(values, file)
@@ -38,26 +35,12 @@ def check_encoder(place: Path, file: str, class_name: str, sealed: bool) -> int:
         return len(stored)
     if sealed:
         _check_fields(cls.config_class, values, file)
-    default = torch.get_default_dtype()
-    try:
-        with module_limit(len(stored), file), torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            skeleton = cls(cls.config_class.from_dict({key: value for key, value in values.items() if key != "quantization_config"}))
-            if ours is not None:
-                insert_planned_(skeleton, ours)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a model's constructor raises on numbers that don't fit each other
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{file} describes no {class_name}", f"{type(error).__name__}: {reason}", "is the file damaged?") from error
-    finally:
-        torch.set_default_dtype(default)
-    state = skeleton.state_dict(keep_vars=True)
-    _check_size(state, stored, file)
-    tables = sum(4 * buffer.numel() for name, buffer in skeleton.named_buffers() if name not in state)
-    weights = sum(numel(entry) for entry in stored.values())
-    if tables > BASE_TABLE_BYTES + 4 * weights:
-        raise CheckpointError(f"{file} describes another model", f"its tables would take {tables} bytes beside {weights} weights", REFUSED)
+    with described(file, class_name, len(stored)):
+        skeleton = cls(cls.config_class.from_dict({key: value for key, value in values.items() if key != "quantization_config"}))
+        if ours is not None:
+            insert_planned_(skeleton, ours)
+    _check_size(skeleton.state_dict(keep_vars=True), stored, file)
+    check_tables(skeleton, stored, file)
     return len(stored)
 
 

@@ -5,22 +5,18 @@ the meta device, where tensors have shapes and no memory, under a limit on how m
 kinds of numbers are compared with the headers. Tables that a model makes for itself (positions) are in no file: they may take as much as weights.
 """
 
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
 from dite.checkpoint.diffusers_quantizer import DiteConfig, insert_planned_
 from dite.checkpoint.encoders import check_encoder
 from dite.checkpoint.fields import check_fields
-from dite.checkpoint.header import numel, stored_tensors
+from dite.checkpoint.header import stored_tensors
 from dite.checkpoint.index import check_pipeline, check_values, kind_of
+from dite.checkpoint.skeleton import REFUSED, check_tables, described
 from dite.checkpoint.tokenizers import check_tokenizer
 from dite.errors import CheckpointError
 
@@ -28,9 +24,6 @@ FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 SCALES = {"F32", "F16"}
 CODES = {"U8"}
 INTEGERS = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
-BASE_MODULES, MODULES_A_TENSOR = 1_000, 20
-BASE_TABLE_BYTES = 64 * 2**20
-REFUSED = "weights and config.json are from different models"
 
 
 def check_structure(folder: Path, sealed: bool) -> int:
@@ -66,28 +59,6 @@ def check_structure(folder: Path, sealed: bool) -> int:
     return total
 
 
-@contextmanager
-def module_limit(tensors: int, file: str) -> Iterator[None]:
-    """Raise CheckpointError as soon as this thread builds more modules than `tensors` stored tensors can be worth."""
-    most, count, thread = BASE_MODULES + MODULES_A_TENSOR * tensors, 0, threading.get_ident()
-
-    def built(_module: nn.Module, _name: str, _value: Any) -> None:
-        nonlocal count
-        if threading.get_ident() == thread:
-            count += 1
-            if count > most:
-                raise CheckpointError(
-                    f"{file} describes another model", f"it has more than {most} modules; the files hold {tensors} tensors", REFUSED
-                )
-
-    hooks = [register_module_module_registration_hook(built), register_module_parameter_registration_hook(built)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _check_model(folder: Path, file: str, sealed: bool, class_name: str | None) -> int:
     values = check_values(folder / "config.json", "diffusers", file)
     if sealed and class_name is not None:
@@ -99,11 +70,8 @@ def _check_model(folder: Path, file: str, sealed: bool, class_name: str | None) 
     expected, ours = skeleton
     if sealed or ours:
         check_fields(type(expected), values, file)
-    weights = sum(numel(entry) for entry in stored.values())
     state = expected.state_dict()
-    tables = sum(4 * buffer.numel() for name, buffer in expected.named_buffers() if name not in state)
-    if tables > BASE_TABLE_BYTES + 4 * weights:
-        raise CheckpointError(f"{file} describes another model", f"its tables would take {tables} bytes beside {weights} weights", REFUSED)
+    check_tables(expected, stored, file)
     if sealed or ours:
         _compare(state, stored, folder, file, getattr(expected, "_keys_to_ignore_on_load_unexpected", None) or ())
     return len(stored)
@@ -124,20 +92,10 @@ def _skeleton(values: dict[str, Any], file: str, tensors: int) -> tuple[nn.Modul
             raise CheckpointError("quantization_config can't be read", f"in {file}, quant_method is not dite", "is config.json damaged?")
         return None
     plain = {key: value for key, value in values.items() if key != "quantization_config"}
-    default = torch.get_default_dtype()
-    try:
-        with module_limit(tensors, file), torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tensors without elements: what is wrong is said below
-            skeleton = cls.from_config(plain)
-            if stored is not None:
-                insert_planned_(skeleton, DiteConfig.from_dict(stored))
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a model's constructor raises on numbers that don't fit each other
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{file} describes no {name}", f"{type(error).__name__}: {reason}", "is the file damaged?") from error
-    finally:
-        torch.set_default_dtype(default)
+    with described(file, name, tensors):
+        skeleton = cls.from_config(plain)
+        if stored is not None:
+            insert_planned_(skeleton, DiteConfig.from_dict(stored))
     return skeleton, stored is not None
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dite.checkpoint.structure import module_limit
+from dite.checkpoint.skeleton import module_limit
 from dite.errors import CheckpointError
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: DiT-S, B, L, XL

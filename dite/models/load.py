@@ -65,7 +65,8 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None, sealed
     """
     import diffusers
 
-    from dite.checkpoint.structure import check_structure, module_limit
+    from dite.checkpoint.skeleton import module_limit
+    from dite.checkpoint.structure import check_structure
 
     default = torch.get_default_dtype()
     tensors = check_structure(source, sealed) if isinstance(source, Path) else 0
