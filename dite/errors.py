@@ -130,3 +130,14 @@ class ResumeConflict(DiteError):
 
     exit_code = 5
     http_status = 409
+
+
+NO_PRIMITIVE = "could not create a primitive"  # all that oneDNN says when it gets no memory; what it can't compute is a "primitive descriptor"
+# CUDA, torch on Windows, torch on Linux, the system, C++, cuBLAS
+MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: in Python, in torch or the libraries below it, or on a card."""
+    said = str(error).casefold().strip()
+    return isinstance(error, MemoryError) or said == NO_PRIMITIVE or any(words in said for words in MEMORY_WORDS)

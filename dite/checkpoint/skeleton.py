@@ -20,7 +20,7 @@ REFUSED = "weights and config.json are from different models"
 
 @contextmanager
 def described(file: str, class_name: str, tensors: int) -> Iterator[None]:
-    """Whatever is built inside is on meta, within what `tensors` stored ones can be worth; a constructor that fails is a CheckpointError of `file`."""
+    """Whatever is built inside is on meta, within what `tensors` stored ones can be worth; failing constructors raise CheckpointError of `file`."""
     default = torch.get_default_dtype()
     try:
         with module_limit(tensors, file), torch.device("meta"), warnings.catch_warnings():

@@ -5,12 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from dite.errors import DiteError, QuantizationError
-
-SAID = ("can't allocate memory", "out of memory", "cannot allocate memory")
-NO_PRIMITIVE = "could not create a primitive"  # all that oneDNN says when it gets none
+from dite.errors import DiteError, QuantizationError, is_out_of_memory
 
 
 def peak_memory_bytes() -> int:
@@ -27,11 +22,9 @@ def explained_memory(journaled: bool) -> Iterator[None]:
     except DiteError:
         raise
     except (MemoryError, RuntimeError) as error:
-        said = str(error).lower().strip()
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or said == NO_PRIMITIVE or any(words in said for words in SAID)
-        if not known:
+        if not is_out_of_memory(error):
             raise
-        asked = next((line.strip() for line in str(error).splitlines() if any(words in line.lower() for words in SAID)), "")
+        asked = next((line.strip() for line in str(error).splitlines() if is_out_of_memory(RuntimeError(line))), "")
         why = f"this process had {peak_memory_bytes()} bytes{f'; {asked[-200:]}' if asked else ''}"
         again = "run it again with --resume where there is more memory: what is done is kept" if journaled else "use a machine with more memory"
         raise QuantizationError("memory ran out while quantizing", why, f"{again}, or load the model in bfloat16") from error

@@ -20,7 +20,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from dite.errors import DiteError, RankLost, RanksDisagree
+from dite.errors import DiteError, RankLost, RanksDisagree, is_out_of_memory
 
 _TURN = struct.Struct("<4sI16x")  # as long as what ranks say before a call (dite.parallel.handshake): gloo would end the process otherwise
 _MAGIC = b"DTT1"
@@ -83,16 +83,9 @@ def _is_consequence(error: Exception) -> bool:
     return isinstance(error, CONSEQUENCES)
 
 
-NO_PRIMITIVE = "could not create a primitive"  # all that oneDNN says when it gets no memory; what it can't compute is a "primitive descriptor"
-# CUDA, torch on Windows, torch on Linux, C++, cuBLAS
-MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc", "alloc_failed")
-
-
 def told(error: BaseException) -> dict[str, Any]:
     """A request's error as it is answered: in words, its HTTP status, and whether memory was the reason."""
-    said = str(error).casefold().strip()
-    memory = isinstance(error, MemoryError) or said == NO_PRIMITIVE or any(words in said for words in MEMORY_WORDS)
-    return {"error": in_words(error), "status": getattr(error, "http_status", 500), "memory": memory}
+    return {"error": in_words(error), "status": getattr(error, "http_status", 500), "memory": is_out_of_memory(error)}
 
 
 def in_words(error: BaseException) -> dict[str, str]:
