@@ -1,9 +1,8 @@
 """Text-to-image pipelines as small as they come, whole: tokenizers with a vocabulary of letters, random T5 and CLIP encoders, model, autoencoder."""
 
-import importlib.util
-from pathlib import Path
-
 import torch
+
+from tests.parallel.samples import fixtures
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = 64  # ids that both tokenizers use, and that the encoders have rows for
@@ -91,12 +90,4 @@ def _vae():
     return vae
 
 
-def _fixtures():
-    spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fixtures = _fixtures()
 PIPELINES = {"pixart": pixart, "sd3": sd3, "flux": flux}
