@@ -44,6 +44,7 @@ def main() -> None:
     document["command"] = f"python evals/checkpoint_fuzz.py --cases {arguments.cases} --out docs/results/checkpoint-fuzz.json"
     arguments.out.write_text(json.dumps(document, indent=1) + "\n")
     partial.unlink(missing_ok=True)
+    sys.exit(f"{len(document['failures'])} failures, see {arguments.out}" if document["failures"] else 0)
 
 
 def parse() -> argparse.Namespace:

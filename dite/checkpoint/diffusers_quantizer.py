@@ -119,9 +119,7 @@ class DiteQuantizer(DiffusersQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what the loader would fail at half-way."""
-        if device_map == "disk" or (isinstance(device_map, dict) and "disk" in device_map.values()):
-            why = "codes are buffers, and diffusers offloads parameters only while it loads"
-            raise UsageError("a quantized model can't be loaded onto the disk", why, "load it, then accelerate.disk_offload(model, folder)")
+        refuse_disk(device_map, "model")
 
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
         module, _, tensor = param_name.rpartition(".")
@@ -226,6 +224,13 @@ def recipe_of(model: nn.Module) -> QuantRecipe | None:
     """What a model was quantized with, in this process or before it was saved; None for others."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     return config.recipe if isinstance(config, DiteConfig) else None
+
+
+def refuse_disk(device_map: Any, kind: str) -> None:
+    """Raise UsageError for a device map that puts layers onto the disk: loaders offload parameters only, and codes are buffers."""
+    if device_map == "disk" or (isinstance(device_map, dict) and "disk" in device_map.values()):
+        why = "codes are buffers, and only parameters are offloaded while a model is loaded"
+        raise UsageError(f"a quantized {kind} can't be loaded onto the disk", why, "load it, then accelerate.disk_offload(model, folder)")
 
 
 def check_tensors(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from dite.checkpoint.diffusers_quantizer import DiteConfig, check_tensors, insert_planned_
+from dite.checkpoint.diffusers_quantizer import DiteConfig, check_tensors, insert_planned_, refuse_disk
 from dite.checkpoint.header import read_header
 from dite.errors import CheckpointError, UnsupportedEnvironment, UsageError
 from dite.quant.apply import dequantize_linears_, quantized_layers
@@ -32,9 +32,7 @@ class DiteTextQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what the loader would fail at half-way."""
         check_transformers("a text encoder quantized by dite can't be loaded", "upgrade transformers")
-        if device_map == "disk" or (isinstance(device_map, dict) and "disk" in device_map.values()):
-            why = "codes are buffers, and they are not offloaded while a model is loaded"
-            raise UsageError("a quantized text encoder can't be loaded onto the disk", why, "load it, then accelerate.disk_offload(model, folder)")
+        refuse_disk(device_map, "text encoder")
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:

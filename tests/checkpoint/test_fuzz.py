@@ -11,8 +11,7 @@ import dite
 from dite_evals.checkpoint_fuzz import Subject, small_model
 from dite_evals.checkpoint_mutants import KINDS
 
-CASES, DEEP = 10_000, 0.1
-CHAOS_CASES = 200_000  # the same numbers as `python evals/checkpoint_fuzz.py`
+CASES, DEEP = 10_000, 0.1  # of the 200,000 of `python evals/checkpoint_fuzz.py`, the first
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="limits memory through /proc"),
@@ -37,12 +36,6 @@ def check(found, cases):
 
 def test_ten_thousand_spoilt_models_crash_nothing_hang_nothing_and_are_never_silently_wrong(subject):
     check(subject.run(range(CASES), DEEP), CASES)
-
-
-@pytest.mark.chaos
-@pytest.mark.timeout(12 * 3600, method="thread")
-def test_two_hundred_thousand_spoilt_models(subject):
-    check(subject.run(range(CHAOS_CASES), DEEP), CHAOS_CASES)
 
 
 def test_a_case_is_the_same_whenever_it_is_run(subject):

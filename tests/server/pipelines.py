@@ -1,22 +1,11 @@
 """Small pipelines of several families whose prompts are read by a stub: embeddings drawn from the prompt's own seed."""
 
-import importlib.util
 import zlib
-from pathlib import Path
 
 import torch
 
 from dite.server.job import ImageRequest
-
-
-def _fixtures():
-    spec = importlib.util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fixtures = _fixtures()
+from tests.parallel.samples import fixtures
 
 
 def embedding(prompts, *shape):
