@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -30,6 +30,26 @@ class Answer:
     document: dict[str, Any]
     human: Any = ""
     failure: DiteError | None = field(default=None)
+
+
+@contextmanager
+def stdout_for_answers() -> Iterator[None]:
+    """What is written to stdout meanwhile goes to stderr, also from C: gloo of torch 2.8 says there who is connected."""
+    stdout = sys.stdout
+    try:
+        stdout.flush()
+        kept = os.dup(1) if stdout.fileno() == 1 else None
+    except (OSError, ValueError, AttributeError):  # closed, a buffer in memory, or none
+        kept = None
+    try:
+        if kept is not None:
+            os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def print_answer(answer: Answer, stdout: TextIO, as_json: bool) -> None:
@@ -60,9 +80,11 @@ def progress(off: bool = False) -> Iterator[Callable[[str, int, int], None]]:
 
     Drawn by rank 0 only, and not at all off a terminal, where redrawing fills log files.
     """
-    drawn = not off and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    if off or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        yield lambda what, done, total: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not drawn) as bars:
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         rows: dict[str, Any] = {}
 
         def tick(what: str, done: int, total: int) -> None:

@@ -113,14 +113,29 @@ class Liar:
 
 def facts(model: Any) -> dict[str, tuple[dict[str, torch.Tensor], Any]]:
     """Everything a pipeline computes with: each part's tensors, tables included, and its configuration."""
-    found = {}
-    for name, part in getattr(model, "components", {"": model}).items():
-        tensors = dict(part.state_dict()) | dict(part.named_buffers()) if isinstance(part, torch.nn.Module) else {}
-        config = {key: value for key, value in getattr(part, "config", {}).items() if not key.startswith("_")}
+    return {name: _facts(part) for name, part in getattr(model, "components", {"": model}).items()}
+
+
+def _facts(part: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    tensors = dict(part.state_dict()) | dict(part.named_buffers()) if isinstance(part, torch.nn.Module) else {}
+    config = {"class": type(part).__name__}
+    if hasattr(part, "backend_tokenizer"):
+        config |= {"tokenizer": part.backend_tokenizer.to_str(), "length": part.model_max_length, "special": part.special_tokens_map}
+    elif hasattr(getattr(part, "config", None), "to_diff_dict"):  # a text encoder's configuration keeps what nothing reads, so it is asked to read
+        tensors["\0output"] = _read(part)
+    else:
+        config |= {key: value for key, value in getattr(part, "config", {}).items() if not key.startswith("_")}
         stored = config.pop("quantization_config", None)
         config["layers"] = stored.to_dict()["layers"] if stored is not None else None
-        found[name] = (tensors, {"class": type(part).__name__} | config)
-    return found
+    return tensors, config
+
+
+@torch.no_grad()
+def _read(encoder: Any) -> torch.Tensor:
+    """All numbers that a text encoder makes of a text with an end and padding, in one row."""
+    output = encoder(torch.tensor([[0, 5, 7, 9, 1, 1, 1]]), output_hidden_states=True)
+    found = [one for value in output.values() for one in (value if isinstance(value, tuple) else [value])]
+    return torch.cat([one.flatten().float() for one in found])
 
 
 def same(ours: dict, theirs: dict) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+import transformers
 
 import dite
 from dite.checkpoint.format import MANIFEST
@@ -70,7 +71,9 @@ def test_a_pipe_among_the_templates_of_a_tokenizer_does_not_hang(folder):
 
 
 def test_a_whole_tokenizer_loads_with_or_without_a_manifest(folder, seal):
-    edit(folder / CONFIG, lambda config: config.update(special_tokens_map_file="/elsewhere/special_tokens_map.json", tokenizer_file="/no/such"))
+    named = {"special_tokens_map_file": "/elsewhere/special_tokens_map.json"}
+    named |= {"tokenizer_file": "/no/such"} if int(transformers.__version__.split(".")[0]) >= 5 else {}  # which older ones open
+    edit(folder / CONFIG, lambda config: config.update(named))
     seal(folder)
     assert dite.load(folder).tokenizer("ab").input_ids == [3, 4, 5, 1]
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pydantic
 import pytest
 
 from dite.errors import CheckpointError, OutputExists, UsageError
@@ -309,6 +310,7 @@ def test_figures_that_are_no_numbers_are_drawn_as_unknown(put):
     assert "? to ?" in render(document)
 
 
+@pytest.mark.skipif(tuple(map(int, pydantic.VERSION.split(".")[:2])) < (2, 11), reason="pydantic before 2.11 writes the same schema in other words")
 def test_the_published_schema_is_the_one_that_is_checked():
     published = Path(__file__).parents[2] / "docs" / "model-report.schema.json"
     assert json.loads(published.read_text()) == json_schema(), "python -m dite_evals.model_schema > docs/model-report.schema.json"

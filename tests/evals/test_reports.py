@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pydantic
 import pytest
 import torch
 
@@ -178,6 +179,7 @@ def test_a_damaged_report_is_refused_with_the_place(tmp_path, change, where):
         read_report(path)
 
 
+@pytest.mark.skipif(tuple(map(int, pydantic.VERSION.split(".")[:2])) < (2, 11), reason="pydantic before 2.11 writes the same schema in other words")
 def test_the_published_schema_is_the_one_that_is_checked():
     published = Path(__file__).parents[2] / "docs" / "report.schema.json"
     assert json.loads(published.read_text()) == json_schema(), "python -m dite_evals.schema > docs/report.schema.json"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dite_kernels.quant_tensor import LinearSpec
+from dite_kernels.triton_kernels import backend
 from dite_kernels.triton_kernels.backend import Triton
 
 BACKEND = Triton("triton", "under test")
@@ -18,6 +19,7 @@ CPU, CARD = torch.device("cpu"), torch.device("cuda")
 def card(monkeypatch):
     """A function that pretends a card of some compute capability, with triton installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend, "version", lambda name: "3.6.0")
     monkeypatch.setattr(torch.version, "hip", None)
 
     def pretend(major, minor):
@@ -55,6 +57,15 @@ def test_cards_before_ampere_are_refused(card, capability, fits):
     card(*capability)
     reason = BACKEND.refusal(spec(), CARD)
     assert reason is None if fits else f"{capability[0]}.{capability[1]}" in reason
+
+
+@pytest.mark.parametrize(("version", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.6.0+git1234", True), ("3.10.0", True), ("4.0.0rc1", True)])
+def test_a_triton_that_flushes_small_numbers_to_zero_is_refused(card, monkeypatch, version, fits):
+    card(9, 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "version", lambda name: version)
+    reason = BACKEND.refusal(spec(), CARD)
+    assert reason is None if fits else "3.6 or newer" in reason and version in reason
 
 
 def test_importing_the_backend_imports_no_triton():

@@ -1,6 +1,8 @@
 """The backend of NVIDIA cards: activations quantized by one kernel, multiplied as integers by a second (`dite_kernels.triton_kernels`)."""
 
 import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -9,14 +11,29 @@ from dite_kernels.backend import Backend
 from dite_kernels.triton_kernels import interpreted
 
 LEAST_CAPABILITY = (8, 0)
+LEAST_TRITON = (3, 6)
 # With fewer tokens, unpacking the weight and one float product may be quicker. A guess: it awaits measurement on a card.
 BREAK_EVEN_TOKENS = 64
 
 
-def missing(device: torch.device) -> str | None:
-    """What kernels of this package lack to run on `device`; None if nothing."""
+def missing_package() -> str | None:
+    """What is wrong with the triton installed here; None if nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'dite[triton]'"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:  # nightly builds are called otherwise
+        return None
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST_TRITON and not interpreted():
+        why = "before 3.6 it divides with numbers below 1.2e-38 taken as 0, which are other codes than the reference's"
+        return f"it needs triton 3.6 or newer, and {found} is installed: {why}; torch 2.11 brings 3.6"
+    return None
+
+
+def missing(device: torch.device) -> str | None:
+    """What kernels of this package lack to run on `device`; None if nothing."""
+    if (problem := missing_package()) is not None:
+        return problem
     if device.type == "cpu":
         return None if interpreted() else "it needs an NVIDIA card (TRITON_INTERPRET=1 runs it on a CPU, for tests)"
     if device.type != "cuda" or torch.version.hip:
@@ -31,9 +48,7 @@ class Triton(Backend):
     """Integer products in groups on NVIDIA's matrix units, of 4-bit weights too."""
 
     def unavailable(self):
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; pip install 'dite[triton]'"
-        return None if interpreted() or torch.cuda.is_available() else "torch finds no NVIDIA card"
+        return missing_package() or (None if interpreted() or torch.cuda.is_available() else "torch finds no NVIDIA card")
 
     def refusal(self, spec, device):
         if spec.activation_bits is None:
