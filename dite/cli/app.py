@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -12,7 +12,7 @@ from typer.main import get_command
 import dite
 from dite.cli import bench, convert, doctor, eval, generate, inspect, quantize, recipes, report, serve
 from dite.cli.failure import INTERRUPTED, explained, interrupted, print_failure, print_traceback
-from dite.cli.output import Answer, print_answer, stdout_for_answers
+from dite.cli.output import Answer, print_answer
 from dite.errors import DiteError
 
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not verbose:
         _hush_libraries()
     try:
-        with stdout_for_answers() if as_json else nullcontext():
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = get_command(app).main(arguments, prog_name="dite", standalone_mode=False, obj=arguments)
         return _finish(result, stdout, as_json)
     except BrokenPipeError:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -30,26 +30,6 @@ class Answer:
     document: dict[str, Any]
     human: Any = ""
     failure: DiteError | None = field(default=None)
-
-
-@contextmanager
-def stdout_for_answers() -> Iterator[None]:
-    """What is written to stdout meanwhile goes to stderr, also from C: gloo of torch 2.8 says there who is connected."""
-    stdout = sys.stdout
-    try:
-        stdout.flush()
-        kept = os.dup(1) if stdout.fileno() == 1 else None
-    except (OSError, ValueError, AttributeError):  # closed, a buffer in memory, or none
-        kept = None
-    try:
-        if kept is not None:
-            os.dup2(2, 1)
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        if kept is not None:
-            os.dup2(kept, 1)
-            os.close(kept)
 
 
 def print_answer(answer: Answer, stdout: TextIO, as_json: bool) -> None:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from dite.errors import ExchangeCorrupted, RankLost, UsageError
-from dite.parallel.launch import RENDEZVOUS, environment_ranks
+from dite.parallel.launch import RENDEZVOUS, environment_ranks, keeping_stdout
 
 TIMEOUT_S = 60.0
 
@@ -83,14 +83,15 @@ class RankGroup:
         rank, world = place
         deadline = timedelta(seconds=timeout_s)
         try:
-            if not dist.is_initialized():
-                if RENDEZVOUS in os.environ:
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-                    store = dist.FileStore(os.environ[RENDEZVOUS], world)
-                    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=deadline)
-                else:
-                    dist.init_process_group("gloo", timeout=deadline)
-            group = cls(range(world), rank, dist.new_group(list(range(world)), timeout=deadline, backend="gloo"), timeout_s)
+            with keeping_stdout():
+                if not dist.is_initialized():
+                    if RENDEZVOUS in os.environ:
+                        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                        store = dist.FileStore(os.environ[RENDEZVOUS], world)
+                        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=deadline)
+                    else:
+                        dist.init_process_group("gloo", timeout=deadline)
+                group = cls(range(world), rank, dist.new_group(list(range(world)), timeout=deadline, backend="gloo"), timeout_s)
         except (RuntimeError, ValueError) as error:
             raise RankLost("the ranks could not meet", _first_line(error), f"start all {degree} within {timeout_s:.0f} s") from error
         group.barrier()
@@ -108,7 +109,7 @@ class RankGroup:
     def _connect(self, groups: Sequence[Sequence[int]]) -> None:
         """Open the connections of the one of `groups` that this is. All ranks must call it alike."""
         for members in groups:
-            with self.waiting("meeting of some ranks"):
+            with self.waiting("meeting of some ranks"), keeping_stdout():
                 process_group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s), backend="gloo") if len(members) > 1 else None
             if self.rank in members:
                 self._group = process_group

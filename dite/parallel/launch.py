@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +20,24 @@ GRACE_S = 10.0  # for the others to say their own error and end, once one has fa
 POLL_S = 0.05
 TAIL_BYTES = 2000
 RENDEZVOUS = "DITE_RENDEZVOUS"
+
+
+@contextmanager
+def keeping_stdout() -> Iterator[None]:
+    """For the time in which ranks meet: gloo of torch 2.8 says on stdout who is connected, where an answer's JSON belongs. It goes to stderr."""
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError, AttributeError):  # there is none
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def environment_ranks() -> tuple[int, int] | None:

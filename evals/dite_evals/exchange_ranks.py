@@ -194,8 +194,6 @@ def main() -> None:
     """This process is one rank."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ranks never outlive who started them, however that ends
     torch.set_num_threads(1)
-    sys.stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # gloo of torch 2.8 says on stdout who is connected
     work(Settings(**json.loads(Path(sys.argv[1]).read_text())))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dite.errors import RankLost, UsageError
-from dite.parallel.launch import RENDEZVOUS, environment_ranks
+from dite.parallel.launch import RENDEZVOUS, environment_ranks, keeping_stdout
 
 DEADLINE = timedelta(days=2)  # a rank waits for another's whole part of a long run; one that dies is noticed at once
 
@@ -60,12 +60,13 @@ def join(in_step: bool = False) -> Workers:
     from torch import distributed
 
     rank, size = place
-    if not distributed.is_initialized() and RENDEZVOUS in os.environ:
-        store = distributed.FileStore(os.environ[RENDEZVOUS], size)
-        distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=DEADLINE)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would say that it chose a number
     try:
-        state = PartialState(cpu=True) if distributed.is_initialized() else PartialState(cpu=True, timeout=DEADLINE)
+        with keeping_stdout():
+            if not distributed.is_initialized() and RENDEZVOUS in os.environ:
+                store = distributed.FileStore(os.environ[RENDEZVOUS], size)
+                distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=DEADLINE)
+            state = PartialState(cpu=True) if distributed.is_initialized() else PartialState(cpu=True, timeout=DEADLINE)
     except (ValueError, RuntimeError) as error:
         raise RankLost("the ranks don't meet", str(error).splitlines()[0], "start them with --nproc, accelerate launch or torchrun") from error
     return Workers(rank, size, in_step, state)

@@ -84,3 +84,16 @@ def test_a_rank_that_dies_ends_the_command_with_an_error(model_folder_once, tmp_
 def test_inspect_says_which_modes_a_model_has(model_folder_once, run):
     supports = run("inspect", model_folder_once, "--json").document["supports"]
     assert all(supports[mode]["ok"] for mode in ("parallelize", "kv_gather", "ring", "ulysses", "displaced", "pipefusion", "cfg"))
+
+
+def test_what_gloo_says_on_stdout_while_ranks_meet_goes_to_stderr():
+    code = """
+import ctypes
+from dite.parallel.launch import keeping_stdout
+print("before")
+with keeping_stdout():
+    ctypes.CDLL(None).puts(b"[Gloo] hello")
+print("after")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "before\nafter\n" and done.stderr == "[Gloo] hello\n"

@@ -25,19 +25,6 @@ def test_what_a_library_prints_does_not_spoil_the_document(monkeypatch, run):
     assert "hello" in outcome.err
 
 
-def test_what_a_library_prints_from_c_does_not_spoil_the_document_either():
-    code = """
-import os, sys
-from dite.cli import app
-from dite.cli.output import Answer
-chatty = lambda *a, **k: os.write(1, b"[Gloo] hello") and Answer({"answer": 42})
-app.get_command = lambda _: type("Command", (), {"main": staticmethod(chatty)})
-sys.exit(app.main(["recipes", "--json"]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert json.loads(done.stdout) == {"answer": 42} and "[Gloo] hello" in done.stderr
-
-
 def test_numbers_that_json_cannot_hold_become_null():
     stdout = io.StringIO()
     print_answer(Answer({"psnr": {"mean": float("inf")}, "row": [float("nan"), 1.5, True]}), stdout, as_json=True)
