@@ -73,7 +73,8 @@ def _usage(error: BaseException) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "dite"
     usage = " ".join(context.get_usage().split()).removeprefix("Usage: ") if context else f"{path} --help"
-    option, possibilities = getattr(error, "option_name", None), getattr(error, "possibilities", None) or []
+    option = getattr(error, "option_name", None)
+    possibilities = (option and getattr(error, "possibilities", None)) or []  # click since 8.3 has them for commands too
     message = f"no such option {option}" if possibilities else error.format_message().rstrip(".")
     what, _, guess = message.replace("Value error, ", "").partition(". Did you mean")
     guess = did_you_mean(option, possibilities, cutoff=0) if possibilities else guess and f"did you mean{guess}"
