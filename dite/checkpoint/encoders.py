@@ -140,3 +140,8 @@ def _check_fields(config_class: type, values: dict[str, Any], file: str) -> None
         sized = key.endswith(AT_LEAST_ONE) or key.startswith(("d_", "num_"))
         if sized and type(default) is int and default > 0 and value < 1:
             raise CheckpointError(f"{file}: {key} is {value}", "it is a whole number from 1", DAMAGED)
+    if config_class.model_type == "clip_text_model" and values.get("eos_token_id") is not None:
+        known, end = defaults | values, values["eos_token_id"]
+        if not 0 <= end < known["vocab_size"] or end == known["bos_token_id"]:
+            why = "a CLIP looks for the end of a text, which is a word other than its beginning"
+            raise CheckpointError(f"{file}: eos_token_id is {end}", why, DAMAGED)

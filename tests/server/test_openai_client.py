@@ -51,7 +51,9 @@ def test_a_stream_arrives_event_by_event(client, served):
 def test_progress_events_do_not_disturb_it(client, served):
     served.service.script = [Progress(1, 2), Progress(2, 2)]
     stream = client.images.generate(prompt="cat", stream=True, extra_body={"progress": True})
-    assert [event.type for event in stream] == ["dite.progress", "dite.progress", "image_generation.completed"]
+    *progress, last = [event.type for event in stream]
+    assert last == "image_generation.completed" and len(progress) == 2
+    assert set(progress) <= {"dite.progress", None}  # old clients give no name to events that they don't know
 
 
 @pytest.mark.parametrize("stream", [False, True])
