@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dite.errors import DiteError
-from dite.models.access import the_denoiser
+from dite.models.access import text_encoders, the_denoiser
 from dite.models.discovery import Discovery, discover
 from dite.models.families import example_inputs
 from dite.models.planning import baseline_bytes, make_plan
@@ -20,7 +20,8 @@ from dite.recipe import load_recipe, recipe_names
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found. `sizes`: bytes on disk by recipe (`bf16` is the baseline); `basis`: how token and conditioning linears were told apart."""
+    """What was found. `sizes`: bytes on disk by recipe (`bf16` is the baseline); `basis`: how token and conditioning linears were told apart;
+    `text_encoders`: class, parameters, bytes as they are now and quantized layers by width of each."""
 
     model_class: str
     parameters: int
@@ -29,6 +30,7 @@ class Inspection:
     sizes: dict[str, int]
     quantize_seconds: float | None
     quantized: dict[str, Any] | None
+    text_encoders: dict[str, dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `dite inspect --json`."""
@@ -43,6 +45,7 @@ class Inspection:
             "sizes": self.sizes,
             "estimated_seconds": {"quantize": self.quantize_seconds},
             "quantized": self.quantized,
+            "text_encoders": self.text_encoders,
         }
 
     def __str__(self) -> str:
@@ -52,12 +55,15 @@ class Inspection:
             kinds = Counter(linear.kind for linear in self.discovery.linears)
             lines.append(f"  {kinds['token']} token linears, {kinds['conditioning']} conditioning linears (by {self.discovery.basis})")
         if self.quantized:
-            lines.append("  quantized: " + ", ".join(f"{count} × {width}" for width, count in self.quantized["layers"].items()))
+            lines.append(f"  quantized: {_counted(self.quantized['layers'])}")
         lines += [f"  {name:<8}{size / 1e6:10.1f} MB" for name, size in self.sizes.items()]
         if self.sizes:
             lines[-1] += "    (what a recipe leaves alone counted in bf16)"
         if self.quantize_seconds is not None:
             lines.append(f"  quantizing takes about {self.quantize_seconds:.1f} s")
+        for name, one in self.text_encoders.items():
+            line = f"  {name}: {one['class']}, {one['parameters'] / 1e6:.1f} M parameters, {one['bytes'] / 1e6:.1f} MB"
+            lines.append(line + (f", quantized: {_counted(one['layers'])}" if one["layers"] else ""))
         return "\n".join(lines + [f"  {verb:<12}{'yes' if answer['ok'] else 'no: ' + answer['reason']}" for verb, answer in self.supports.items()])
 
 
@@ -80,6 +86,7 @@ def inspect(model: Any) -> Inspection:
         sizes=sizes,
         quantize_seconds=_seconds(transformer, next(iter(plans.values()))) if plans else None,
         quantized=quantized,
+        text_encoders={name: _encoder(encoder) for name, encoder in text_encoders(model).items()},
     )
 
 
@@ -87,10 +94,12 @@ def stats(model: Any) -> dict[str, Any]:
     """Bytes of the transformer's weights, how many layers have which widths, and which backend runs them."""
     transformer = the_denoiser(model)
     layers = quantized_layers(transformer)
-    widths = Counter(_width(layer) for layer in layers.values())
     backends = Counter(select_backend(layer.spec, layer.scale.device, layer.backend).name for layer in layers.values())
-    size = sum(tensor.numel() * tensor.element_size() for tensor in transformer.state_dict().values())
-    return {"bytes": size, "layers": dict(widths), "backends": dict(backends)}
+    return {"bytes": _bytes(transformer), "layers": _widths(transformer), "backends": dict(backends)}
+
+
+def _encoder(model: torch.nn.Module) -> dict[str, Any]:
+    return {"class": type(model).__name__, "parameters": _parameters(model), "bytes": _bytes(model), "layers": _widths(model)}
 
 
 def _supports(model: Any, refusal: str | None) -> dict[str, dict[str, Any]]:
@@ -137,6 +146,19 @@ def _seconds(model: torch.nn.Module, plan: QuantPlan) -> float:
     QuantLinear.from_linear(model.get_submodule(layer.name), layer.scheme, layer.name)
     elapsed = time.perf_counter() - started
     return elapsed * sum(other.in_features * other.out_features for other in plan.layers) / (layer.in_features * layer.out_features)
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied ones once
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+
+def _widths(model: torch.nn.Module) -> dict[str, int]:
+    return dict(Counter(_width(layer) for layer in quantized_layers(model).values()))
+
+
+def _counted(widths: dict[str, int]) -> str:
+    return ", ".join(f"{count} × {width}" for width, count in widths.items())
 
 
 def _width(layer: QuantLinear) -> str:

@@ -101,6 +101,20 @@ def test_the_command_line_rounds_text_encoders_when_asked(make, tmp_path, capsys
 
 
 @needs_transformers_5
+def test_inspecting_a_pipeline_tells_of_its_text_encoders():
+    pipe = PIPELINES["pixart"]()
+    before = dite.inspect(pipe)
+    plain = sum(parameter.numel() for parameter in pipe.text_encoder.parameters())
+    assert before.text_encoders == {"text_encoder": {"class": "T5EncoderModel", "parameters": plain, "bytes": 4 * plain, "layers": {}}}
+    dite.quantize(pipe, "w4a8", overrides=ENCODERS, effort="fast")
+    after = dite.inspect(pipe)
+    found = after.to_dict()["text_encoders"]["text_encoder"]
+    assert found["parameters"] == plain and found["bytes"] < 4 * plain and found["layers"] == {"W8 g128": 14}
+    assert "text_encoder: T5EncoderModel" in str(after) and "14 × W8 g128" in str(after)
+    assert dite.inspect(pipe.transformer).text_encoders == {}
+
+
+@needs_transformers_5
 def test_dequantizing_a_text_encoder_gives_back_plain_linears():
     pipe = PIPELINES["pixart"]()
     dite.quantize(pipe, "w4a8", overrides=ENCODERS)
