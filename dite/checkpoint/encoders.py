@@ -44,6 +44,14 @@ def check_encoder(place: Path, file: str, class_name: str, sealed: bool) -> int:
     return len(stored)
 
 
+def positions_of(folder: Path, part: str) -> int | None:
+    """How many tokens a part has places for, if it is a CLIP; others have places for any number, or say more than they mean."""
+    config = folder / part / "config.json"
+    values = check_values(config, "transformers", f"{part}/config.json") if config.is_file() else {}
+    found = values.get("max_position_embeddings") if values.get("model_type") == "clip_text_model" else None
+    return found if type(found) is int and found > 0 else None
+
+
 def _check_size(state: dict[str, torch.Tensor], stored: dict[str, dict[str, Any]], file: str) -> None:
     """Raise CheckpointError unless the files can hold `state`. They may name tensors otherwise, which transformers knows how to read: then only the
     sum of all numbers counts here."""

@@ -13,6 +13,7 @@ from dite.checkpoint.strict_json import read_strict
 from dite.errors import CheckpointError
 
 MAX_TOKENIZER_BYTES = 128_000_000  # T5's has 2 million, Qwen's 11, Gemma's 34
+MAX_EXTRA = 10_000  # T5 has 100
 WHOLE = "tokenizer.json"
 ANYBODYS = ("tokenizer.model", "tekken.json", "tiktoken.model")  # transformers takes these where the class's own files are missing
 USUAL = (("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",), ("sentencepiece.bpe.model",), ("spm.model",))
@@ -21,8 +22,11 @@ NOT_VOCABULARY = NEVER_OPENED | {"tokenizer_file", "normalizer_file"}
 INCOMPLETE = "copy or download the folder again"
 
 
-def check_tokenizer(place: Path, part: str, class_name: str) -> None:
-    """Check the part of a pipeline in `place`, a tokenizer or processor of transformers. Raises CheckpointError that names the file."""
+def check_tokenizer(place: Path, part: str, class_name: str, positions: int | None = None) -> None:
+    """Check the part of a pipeline in `place`, a tokenizer or processor of transformers. Raises CheckpointError that names the file.
+
+    `positions`: how many tokens its text encoder has places for, where that is a fixed number; pipelines pad every prompt to the tokenizer's length.
+    """
     if not place.is_dir():
         raise CheckpointError(f"{part} is missing", f"model_index.json names the part {part}", INCOMPLETE)
     config: dict[str, Any] = {}
@@ -35,6 +39,7 @@ def check_tokenizer(place: Path, part: str, class_name: str) -> None:
         either = ", or ".join(" and ".join(names) for names in wanted)
         raise CheckpointError(f"{part}/{wanted[0][0]} is missing", f"a {class_name} has its vocabulary in {either}", INCOMPLETE)
     _check_names(config, f"{part}/tokenizer_config.json")
+    _check_numbers(config, f"{part}/tokenizer_config.json", positions)
 
 
 def _vocabularies(class_name: str, config: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -83,3 +88,13 @@ def _check_names(config: dict[str, Any], label: str) -> None:
     outside += [one for one in versions if not isinstance(one, str) or Path(one).name != one or one.startswith(".")]
     if outside:
         raise CheckpointError(f"{label} points at {outside[0]!r}", "a tokenizer's files lie in its own folder", "don't load this folder")
+
+
+def _check_numbers(config: dict[str, Any], label: str, positions: int | None) -> None:
+    """Raise CheckpointError for a length that no text has, and for more words made up (`extra_ids`, of T5) than any model has."""
+    length, extra = config.get("model_max_length"), config.get("extra_ids", 0)
+    if length is not None and (type(length) not in (int, float) or not 1 <= length <= (positions or length)):
+        rule = f"its text encoder reads 1 to {positions} tokens" if positions else "it is a number from 1"
+        raise CheckpointError(f"{label}: model_max_length is {str(length)[:40]!r}", rule, INCOMPLETE)
+    if type(extra) is not int or not 0 <= extra <= MAX_EXTRA:
+        raise CheckpointError(f"{label}: extra_ids is {str(extra)[:40]!r}", f"it is a whole number from 0 to {MAX_EXTRA}", INCOMPLETE)

@@ -24,6 +24,7 @@ MANIFEST = "dite_manifest.json"
 SCHEMES = ("quantization_config", "layers")
 ADDED, TWICE = "\0added", "\0twice"
 HARMLESS = {("vae/config.json", "shift_factor"): 0}  # where null says the same: no shift
+NO_LIMIT = 10**6  # transformers writes 10**30 for a tokenizer whose texts may be of any length
 Path_ = tuple[Any, ...]
 
 
@@ -120,7 +121,7 @@ def _facts(part: Any) -> tuple[dict[str, torch.Tensor], Any]:
     tensors = dict(part.state_dict()) | dict(part.named_buffers()) if isinstance(part, torch.nn.Module) else {}
     config = {"class": type(part).__name__}
     if hasattr(part, "backend_tokenizer"):
-        config |= {"tokenizer": part.backend_tokenizer.to_str(), "length": part.model_max_length, "special": part.special_tokens_map}
+        config |= {"tokenizer": part.backend_tokenizer.to_str(), "length": min(part.model_max_length, NO_LIMIT), "special": part.special_tokens_map}
     elif hasattr(getattr(part, "config", None), "to_diff_dict"):  # a text encoder's configuration keeps what nothing reads, so it is asked to read
         tensors["\0output"] = _read(part)
     else:

@@ -45,6 +45,10 @@ DAMAGE = {
     "a deep file of no use": ("tokenizer/x.json", "nested deeper", lambda folder: (folder / "tokenizer/x.json").write_text('{"a":' * 50_000)),
     "a vocabulary elsewhere": (CONFIG, "points at", lambda folder: edit(folder / CONFIG, lambda c: c.update(vocab_file="/etc/passwd"))),
     "a vocabulary that is a number": (CONFIG, "points at 0", lambda folder: edit(folder / CONFIG, lambda c: c.update(tokenizer_file=0))),
+    "a length of 0": (CONFIG, "number from 1", lambda folder: edit(folder / CONFIG, lambda c: c.update(model_max_length=0))),
+    "a length in words": (CONFIG, "number from 1", lambda folder: edit(folder / CONFIG, lambda c: c.update(model_max_length="long"))),
+    "two thousand million words more": (CONFIG, "extra_ids is", lambda folder: edit(folder / CONFIG, lambda c: c.update(extra_ids=2**31))),
+    "words in words": (CONFIG, "extra_ids is", lambda folder: edit(folder / CONFIG, lambda c: c.update(extra_ids="many"))),
     "a version elsewhere": (
         CONFIG, "points at", lambda folder: edit(folder / CONFIG, lambda c: c.update(fast_tokenizer_files=["../../tokenizer.4.0.json"])),
     ),
@@ -57,6 +61,15 @@ def test_a_damaged_tokenizer_is_refused_by_file(name, folder, seal):
     damage(folder)
     seal(folder)
     with pytest.raises(CheckpointError, match=rf"(?s)^{file}.*{word}"):
+        dite.load(folder)
+
+
+def test_a_text_is_never_padded_to_more_than_its_clip_reads(seal, tmp_path):
+    """Pipelines pad to the tokenizer's length: with 2^31 the first prompt would take all memory."""
+    folder = dite.save(PIPELINES["sd3"](), tmp_path / "q")
+    edit(folder / "tokenizer_2/tokenizer_config.json", lambda config: config.update(model_max_length=17))
+    seal(folder)
+    with pytest.raises(CheckpointError, match=r"tokenizer_2/tokenizer_config.json: model_max_length is '17'(?s:.*)reads 1 to 16"):
         dite.load(folder)
 
 
