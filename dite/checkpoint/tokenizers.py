@@ -42,6 +42,14 @@ def check_tokenizer(place: Path, part: str, class_name: str, positions: int | No
     _check_numbers(config, f"{part}/tokenizer_config.json", positions)
 
 
+def load_tokenizer(place: Path, class_name: str) -> Any:
+    """The tokenizer or processor in `place`, as diffusers would load it; None for a class that transformers does not have. Raises what it raises."""
+    import transformers
+
+    cls = getattr(transformers, class_name, None) if class_name.isidentifier() else None
+    return cls.from_pretrained(place, local_files_only=True) if isinstance(cls, type) else None
+
+
 def _vocabularies(class_name: str, config: dict[str, Any]) -> list[tuple[str, ...]]:
     """The sets of files of which a `class_name` needs one; none where it has no vocabulary (bytes, pictures)."""
     names = _own_names(class_name)

@@ -74,16 +74,15 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None, sealed
         with module_limit(tensors, str(source)) if isinstance(source, Path) else nullcontext():
             if isinstance(source, Path) and not (source / "model_index.json").is_file():
                 return _model_class(source).from_pretrained(source, use_safetensors=True, **_dtype(dtype))
-            parts = _encoders(source, dtype, sealed) if isinstance(source, Path) else {}
+            parts = _transformers_parts(source, dtype, sealed) if isinstance(source, Path) else {}
             return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_dtype(dtype), **_labels(source), **parts)
     except DiteError:
         raise
     except Exception as error:  # whatever diffusers raises on a folder it can't read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "is the folder complete, and made by diffusers' save_pretrained or dite.save?"
         if not isinstance(source, Path):
             hint = "check the name and the connection to the hub, or give a folder that was downloaded before"
-        raise CheckpointError(f"can't load {source}", reason, hint) from error
+        raise CheckpointError(f"can't load {source}", _first_line(error), hint) from error
     finally:
         torch.set_default_dtype(default)  # diffusers leaves it changed when a model's constructor raises
 
@@ -141,14 +140,29 @@ def parse_device(device: str | torch.device) -> torch.device:
     return torch.device(text)
 
 
-def _encoders(folder: Path, dtype: torch.dtype | None, sealed: bool) -> dict[str, torch.nn.Module]:
-    """The parts that are models of transformers, each with every tensor that it needs."""
+def _transformers_parts(folder: Path, dtype: torch.dtype | None, sealed: bool) -> dict[str, Any]:
+    """The parts that transformers loads: models, each with every tensor that it needs, and tokenizers. Errors name the part."""
     from dite.checkpoint.encoders import load_encoder
     from dite.checkpoint.index import check_pipeline, kind_of
+    from dite.checkpoint.tokenizers import load_tokenizer
 
-    parts = {name: part for name, part in check_pipeline(folder, sealed).items() if kind_of(*part) == "transformers"}
-    loaded = {name: load_encoder(folder / name, class_name, dtype, sealed) for name, (_, class_name) in parts.items()}
-    return {name: model for name, model in loaded.items() if model is not None}
+    loaded = {}
+    for name, (library, class_name) in check_pipeline(folder, sealed).items():
+        kind = kind_of(library, class_name)
+        try:
+            if kind == "transformers":
+                loaded[name] = load_encoder(folder / name, class_name, dtype, sealed)
+            elif kind is None:
+                loaded[name] = load_tokenizer(folder / name, class_name)
+        except DiteError:
+            raise
+        except Exception as error:  # whatever transformers raises on files it can't read
+            raise CheckpointError(f"{name} can't be loaded", _first_line(error), "copy or download the folder again") from error
+    return {name: part for name, part in loaded.items() if part is not None}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _dtype(dtype: torch.dtype | None) -> dict[str, torch.dtype]:

@@ -49,6 +49,8 @@ DAMAGE = {
     "a length in words": (CONFIG, "number from 1", lambda folder: edit(folder / CONFIG, lambda c: c.update(model_max_length="long"))),
     "two thousand million words more": (CONFIG, "extra_ids is", lambda folder: edit(folder / CONFIG, lambda c: c.update(extra_ids=2**31))),
     "words in words": (CONFIG, "extra_ids is", lambda folder: edit(folder / CONFIG, lambda c: c.update(extra_ids="many"))),
+    "a token that is a number": ("tokenizer", "can't be loaded", lambda folder: edit(folder / CONFIG, lambda c: c.update(pad_token=7))),
+    "another file's contents": ("tokenizer", "can't be loaded", lambda folder: shutil.copy(folder / CONFIG, folder / FILE)),
     "a version elsewhere": (
         CONFIG, "points at", lambda folder: edit(folder / CONFIG, lambda c: c.update(fast_tokenizer_files=["../../tokenizer.4.0.json"])),
     ),
