@@ -1,6 +1,9 @@
 """Spoil a saved model many times over and load it: as data. See dite_evals/checkpoint_fuzz.py for what counts as a failure.
 
     python evals/checkpoint_fuzz.py --cases 200000 --out docs/results/checkpoint-fuzz.json
+    python evals/checkpoint_fuzz.py --subject text --cases 20000 --deep 1 --out docs/results/checkpoint-fuzz-text.json
+
+The subject is a bare transformer, or a pipeline with a T5 that is quantized too, and its tokenizer.
 
 Cases run in processes of their own, some thousands each, so that a crash is counted and ends nothing else; what is done is kept in FILE.partial, and
 an interrupted run goes on from there. Case n is the same whenever it is run: `--first n --cases 1` repeats it.
@@ -20,6 +23,24 @@ from dite_evals.report import environment
 CHUNK = 2_000
 DEEP = 0.1  # the share of cases that digests don't stop
 TMPFS = Path("/dev/shm")
+ROOT = Path(__file__).resolve().parents[1]
+SUBJECTS = {  # what builds them, in a process that ends
+    "model": """
+import sys
+from pathlib import Path
+from dite_evals.checkpoint_fuzz import small_model
+small_model(Path(sys.argv[1]))
+""",
+    "text": """
+import sys
+import dite
+sys.path.insert(0, sys.argv[2])
+from tests.text.pipelines import pixart
+pipe = pixart()
+dite.quantize(pipe, "w4a8", effort="fast", overrides=["text_encoders.num_bits=8"])
+dite.save(pipe, sys.argv[1])
+""",
+}
 
 
 def main() -> None:
@@ -30,8 +51,7 @@ def main() -> None:
     done = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
     with tempfile.TemporaryDirectory(dir=TMPFS if TMPFS.is_dir() else None) as folder:
         saved = Path(folder) / "saved"
-        code = "import sys; from pathlib import Path; from dite_evals.checkpoint_fuzz import small_model; small_model(Path(sys.argv[1]))"
-        subprocess.run([sys.executable, "-c", code, str(saved)], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", SUBJECTS[arguments.subject], str(saved), str(ROOT)], check=True, capture_output=True)
         for first in range(arguments.first, arguments.first + arguments.cases, CHUNK):
             if any(row["first"] == first for row in done):
                 continue
@@ -40,8 +60,9 @@ def main() -> None:
             with open(partial, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(done[-1]) + "\n")
             print(json.dumps({key: done[-1][key] for key in ("first", "cases", "seconds", "crash", "failures")}), file=sys.stderr, flush=True)
-    document = summary(done) | {"deep_share": arguments.deep, "environment": environment()}
-    document["command"] = f"python evals/checkpoint_fuzz.py --cases {arguments.cases} --out docs/results/checkpoint-fuzz.json"
+    document = {"subject": arguments.subject} | summary(done) | {"deep_share": arguments.deep, "environment": environment()}
+    flags = f"--subject {arguments.subject} --cases {arguments.cases} --deep {arguments.deep:g}"
+    document["command"] = f"python evals/checkpoint_fuzz.py {flags} --out {arguments.out}"
     arguments.out.write_text(json.dumps(document, indent=1) + "\n")
     partial.unlink(missing_ok=True)
     sys.exit(f"{len(document['failures'])} failures, see {arguments.out}" if document["failures"] else 0)
@@ -49,6 +70,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subject", choices=SUBJECTS, default="model")
     parser.add_argument("--cases", type=int, default=200_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--deep", type=float, default=DEEP, help="share of cases with a new manifest, or none")

@@ -1,4 +1,4 @@
-"""Spoil a saved quantized model at random and load it, many times over: what may come of that?
+"""Spoil a saved quantized model or pipeline at random and load it, many times over: what may come of that?
 
     refused   a DiteError that says what and why
     same      it loads, and is the original, bit for bit
@@ -56,15 +56,13 @@ class Outcomes:
 
 
 class Subject:
-    """A saved model in a folder of its own (best on tmpfs), spoiled and mended again."""
+    """A saved model or pipeline in a folder of its own (best on tmpfs), spoiled and mended again."""
 
     def __init__(self, saved: Path, folder: Path):
         self.folder = folder
         shutil.copytree(saved, folder)
-        self.files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-        self.seen = set(self.files)
-        original = dite.load(folder)
-        self.state, self.config = _state(original), _config(original)
+        self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        self.original = {name: (_state(part), _config(part)) for name, part in _parts(dite.load(folder)).items()}
 
     def run(self, cases: range, deep: float) -> Outcomes:
         """Run cases by number. A share `deep` of them is given a new manifest, or none, so that more than digests stands in their way."""
@@ -106,22 +104,16 @@ class Subject:
             self._mend(changes)
 
     def _judged(self, model: Any, seal: str) -> tuple[str, str]:
-        state, config = _state(model), _config(model)
-        if _equal(state, self.state) and config == self.config:
+        found = {name: (_state(part), _config(part)) for name, part in _parts(model).items()}
+        changed = [name for name in found.keys() | self.original.keys() if not _same(found.get(name), self.original.get(name))]
+        if not changed:
             return "same", ""
         if seal == SEALED:
             return "silently wrong", "it loads under the original manifest, and is another model"
-        from safetensors.torch import load_file
-
-        values = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        stored = values.pop("quantization_config", {})
-        files = load_file(self.folder / "diffusion_pytorch_model.safetensors")
-        files = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in files.items()}
-        if not _equal(state, files):
-            return "silently wrong", "its tensors are not its file's"
-        wrong = [key for key, value in values.items() if not key.startswith("_") and config.get(key) != value]
-        wrong += ["layers"] if stored.get("layers", {}) != config["layers"] else []
-        return ("silently wrong", f"config.json says otherwise of {wrong[0]}") if wrong else ("other", "")
+        for name in changed:
+            if name in found and (why := _disbelieved(self.folder / name, *found[name])):
+                return "silently wrong", f"{name or 'the model'}: {why}"
+        return "other", ""
 
     def _manifest(self, changes: dict[str, Content], seal: str) -> dict[str, Content]:
         if seal == UNSEALED:
@@ -135,7 +127,6 @@ class Subject:
     def _put(self, changes: dict[str, Content]) -> None:
         for name, content in changes.items():
             path = self.folder / name
-            self.seen.add(name)
             _remove(path)
             if isinstance(content, bytes):
                 path.write_bytes(content)
@@ -187,14 +178,51 @@ def small_model(folder: Path) -> Path:
     return dite.save(pipe.transformer, folder)
 
 
-def _state(model: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def _parts(model: Any) -> dict[str, Any]:
+    """The parts of a pipeline by name, or a bare model under no name."""
+    return {name: part for name, part in getattr(model, "components", {"": model}).items() if part is not None}
 
 
-def _config(model: Any) -> dict[str, Any]:
-    values = json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_") and key != "quantization_config"}))
-    stored = model.config.get("quantization_config")
-    return values | {"layers": stored.to_dict().get("layers", {}) if stored is not None else {}, "class": type(model).__name__}
+def _state(part: Any) -> dict[str, torch.Tensor]:
+    state = part.state_dict() if isinstance(part, torch.nn.Module) else {}
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _config(part: Any) -> dict[str, Any]:
+    """What a part does besides its tensors: a configuration of diffusers, a tokenizer's words and rules. Nothing of transformers' own."""
+    if hasattr(part, "backend_tokenizer"):
+        return {"class": type(part).__name__, "words": part.backend_tokenizer.to_str(), "length": part.model_max_length}
+    stored = getattr(part, "config", {})
+    values = {} if hasattr(stored, "to_diff_dict") else {key: value for key, value in stored.items() if not key.startswith("_")}
+    quantization = getattr(stored, "quantization_config", None)
+    values.pop("quantization_config", None)
+    layers = quantization if isinstance(quantization, dict) else quantization.to_dict() if quantization is not None else {}
+    return json.loads(json.dumps(values, default=repr)) | {"layers": layers.get("layers", {}), "class": type(part).__name__}
+
+
+def _disbelieved(folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any]) -> str:
+    """How a loaded part differs from what its files say; empty where it does not."""
+    from safetensors.torch import load_file
+
+    if not (folder / "config.json").is_file():
+        return ""  # a scheduler or a tokenizer
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = values.pop("quantization_config", {})
+    theirs = "architectures" in values  # of transformers, whose configurations keep what nothing reads, and whose files lack tied tensors
+    files = load_file(folder / ("model.safetensors" if theirs else "diffusion_pytorch_model.safetensors"))
+    files = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in files.items()}
+    if theirs:
+        lacking = state.keys() - files.keys()
+        files |= {name: state[name] for name in lacking if any(torch.equal(state[name], tensor) for tensor in files.values())}
+    if not _equal(state, files):
+        return "its tensors are not its file's"
+    wrong = [key for key, value in values.items() if not theirs and not key.startswith("_") and config.get(key) != value]
+    wrong += ["layers"] if stored.get("layers", {}) != config["layers"] else []
+    return f"config.json says otherwise of {wrong[0]}" if wrong else ""
+
+
+def _same(ours: tuple | None, theirs: tuple | None) -> bool:
+    return ours is not None and theirs is not None and ours[1] == theirs[1] and _equal(ours[0], theirs[0])
 
 
 def _equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
