@@ -213,7 +213,7 @@ def _disbelieved(folder: Path, state: dict[str, torch.Tensor], config: dict[str,
     files = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in files.items()}
     if theirs:
         lacking = state.keys() - files.keys()
-        files |= {name: state[name] for name in lacking if any(torch.equal(state[name], tensor) for tensor in files.values())}
+        files |= {name: state[name] for name in lacking if any(_bits(state[name]) == _bits(tensor) for tensor in files.values())}
     if not _equal(state, files):
         return "its tensors are not its file's"
     wrong = [key for key, value in values.items() if not theirs and not key.startswith("_") and config.get(key) != value]
@@ -226,7 +226,12 @@ def _same(ours: tuple | None, theirs: tuple | None) -> bool:
 
 
 def _equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(_bits(ours[name]) == _bits(theirs[name]) for name in ours)
+
+
+def _bits(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """A NaN equals itself here."""
+    return tensor.dtype, tensor.shape, tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _remove(path: Path) -> None:
