@@ -111,7 +111,7 @@ class Subject:
         if seal == SEALED:
             return "silently wrong", "it loads under the original manifest, and is another model"
         for name in changed:
-            if name in found and (why := _disbelieved(self.folder / name, *found[name])):
+            if name in found and (why := _disbelieved(self.folder / name, *found[name], anybodys=seal == UNSEALED)):
                 return "silently wrong", f"{name or 'the model'}: {why}"
         return "other", ""
 
@@ -200,8 +200,9 @@ def _config(part: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=repr)) | {"layers": layers.get("layers", {}), "class": type(part).__name__}
 
 
-def _disbelieved(folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any]) -> str:
-    """How a loaded part differs from what its files say; empty where it does not."""
+def _disbelieved(folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any], anybodys: bool) -> str:
+    """How a loaded part differs from what its files say; empty where it does not. Files of `anybodys` may hold more tensors than the model has, as
+    many do, unless we quantized it."""
     from safetensors.torch import load_file
 
     if not (folder / "config.json").is_file():
@@ -211,6 +212,8 @@ def _disbelieved(folder: Path, state: dict[str, torch.Tensor], config: dict[str,
     theirs = "architectures" in values  # of transformers, whose configurations keep what nothing reads, and whose files lack tied tensors
     files = load_file(folder / ("model.safetensors" if theirs else "diffusion_pytorch_model.safetensors"))
     files = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in files.items()}
+    if anybodys and not stored:
+        files = {name: tensor for name, tensor in files.items() if name in state}
     if theirs:
         lacking = state.keys() - files.keys()
         files |= {name: state[name] for name in lacking if any(_bits(state[name]) == _bits(tensor) for tensor in files.values())}
