@@ -35,6 +35,9 @@ def check_encoder(place: Path, file: str, class_name: str, sealed: bool) -> int:
         return len(stored)
     if sealed:
         _check_fields(cls.config_class, values, file)
+        check_end(values, file, DAMAGED)
+    if ours is not None and not {"dtype", "torch_dtype"} & values.keys():
+        raise CheckpointError(f"{file}: dtype is missing", "without it the type of the scales would decide what is computed in", DAMAGED)
     with described(file, class_name, len(stored)):
         skeleton = cls(cls.config_class.from_dict({key: value for key, value in values.items() if key != "quantization_config"}))
         if ours is not None:
@@ -44,12 +47,27 @@ def check_encoder(place: Path, file: str, class_name: str, sealed: bool) -> int:
     return len(stored)
 
 
-def positions_of(folder: Path, part: str) -> int | None:
-    """How many tokens a part has places for, if it is a CLIP; others have places for any number, or say more than they mean."""
+def positions_of(folder: Path, tokenizer: str) -> int | None:
+    """How many tokens the text encoder beside a tokenizer has places for, if it is a CLIP; others have places for any number, or say more than
+    they mean."""
+    part = tokenizer.replace("tokenizer", "text_encoder")
     config = folder / part / "config.json"
-    values = check_values(config, "transformers", f"{part}/config.json") if config.is_file() else {}
+    values = check_values(config, "transformers", f"{part}/config.json") if part != tokenizer and config.is_file() else {}
     found = values.get("max_position_embeddings") if values.get("model_type") == "clip_text_model" else None
     return found if type(found) is int and found > 0 else None
+
+
+def check_end(values: dict[str, Any], label: str, hint: str) -> None:
+    """Raise CheckpointError for a CLIP that looks for the end of a text at a word that can't be there: it would read another place and say nothing."""
+    from transformers import CLIPTextConfig
+
+    if values.get("model_type") != "clip_text_model":
+        return
+    known = CLIPTextConfig().to_dict() | {key: value for key, value in values.items() if value is not None}
+    end = known["eos_token_id"] if "eos_token_id" not in values else values["eos_token_id"]
+    if type(end) is not int or not 0 <= end < known["vocab_size"] or end == known["bos_token_id"]:
+        why = f"it is one of {known['vocab_size']} words, and not {known['bos_token_id']}, which begins a text"
+        raise CheckpointError(f"{label}: eos_token_id is {end}", why, hint)
 
 
 def _check_size(state: dict[str, torch.Tensor], stored: dict[str, dict[str, Any]], file: str) -> None:
@@ -148,8 +166,3 @@ def _check_fields(config_class: type, values: dict[str, Any], file: str) -> None
         sized = key.endswith(AT_LEAST_ONE) or key.startswith(("d_", "num_"))
         if sized and type(default) is int and default > 0 and value < 1:
             raise CheckpointError(f"{file}: {key} is {value}", "it is a whole number from 1", DAMAGED)
-    if config_class.model_type == "clip_text_model" and values.get("eos_token_id") is not None:
-        known, end = defaults | values, values["eos_token_id"]
-        if not 0 <= end < known["vocab_size"] or end == known["bos_token_id"]:
-            why = "a CLIP looks for the end of a text, which is a word other than its beginning"
-            raise CheckpointError(f"{file}: eos_token_id is {end}", why, DAMAGED)

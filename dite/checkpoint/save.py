@@ -15,6 +15,7 @@ from torch import nn
 
 from dite import __version__
 from dite.checkpoint.diffusers_quantizer import recipe_of, search_plan_of
+from dite.checkpoint.encoders import check_end
 from dite.checkpoint.format import FORMAT_VERSION, MANIFEST, FileEntry, Manifest, file_digest, read_manifest
 from dite.checkpoint.space import needed_bytes, room
 from dite.checkpoint.swap import recover, replace_folder, sync
@@ -37,16 +38,18 @@ def save(
     The folder appears whole or not at all, also when the process dies. `id2label`, which diffusers' own saving drops, is kept, and paths of this
     machine are not; a quantized model's recipe lies beside the weights, and the plan of one that was searched. `attachments` are further text files,
     by name. `lock` is for callers who hold the output's lock already. Raises OutputExists unless `overwrite`, OutputInUse when another run writes
-    there, CheckpointError when the disk is full (what was there before is untouched), UsageError while LoRA adapters are attached,
-    UnsupportedModel when a diffusers model has one tensor under two names, which its format can't say.
+    there, CheckpointError when the disk is full (what was there before is untouched) or `load` would refuse a CLIP's configuration, UsageError
+    while LoRA adapters are attached, UnsupportedModel when a diffusers model has one tensor under two names, which its format can't say.
     """
     model = unwrap(model)
     recipe = next(filter(None, map(recipe_of, denoisers(model).values())), None)
     plan = next(filter(None, map(search_plan_of, denoisers(model).values())), None)
     if not hasattr(model, "save_pretrained"):
         raise UnsupportedModel(f"a {type(model).__name__} is no diffusers model, so there is no folder format for it", "save its state_dict yourself")
-    for part in getattr(model, "components", {"": model}).values():
+    for name, part in getattr(model, "components", {"": model}).items():
         if isinstance(part, nn.Module):
+            if hasattr(getattr(part, "config", None), "to_diff_dict"):  # of transformers
+                check_end(part.config.to_dict(), f"{name}.config", f"set pipe.{name}.config.eos_token_id to its tokenizer's")
             refuse_adapters(part, "saved: the folder would hold layers that no loader knows", UNLOAD)
             refuse_offloaded(part)
             refuse_shared(part)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dite.checkpoint.diffusers_quantizer import DiteConfig, insert_planned_
-from dite.checkpoint.encoders import check_encoder, positions_of
+from dite.checkpoint.encoders import check_encoder
 from dite.checkpoint.fields import check_fields
 from dite.checkpoint.header import stored_tensors
 from dite.checkpoint.index import check_pipeline, check_values, kind_of
@@ -38,7 +38,7 @@ def check_structure(folder: Path, sealed: bool) -> int:
     for name, (library, class_name) in check_pipeline(folder, sealed).items():
         kind, place = kind_of(library, class_name), folder / name
         if kind is None:
-            check_tokenizer(place, name, class_name, positions_of(folder, name.replace("tokenizer", "text_encoder")))
+            check_tokenizer(place, name, class_name)
             continue
         config = place / ("scheduler_config.json" if kind == "scheduler" else "config.json")
         if not config.is_file():

@@ -22,11 +22,8 @@ NOT_VOCABULARY = NEVER_OPENED | {"tokenizer_file", "normalizer_file"}
 INCOMPLETE = "copy or download the folder again"
 
 
-def check_tokenizer(place: Path, part: str, class_name: str, positions: int | None = None) -> None:
-    """Check the part of a pipeline in `place`, a tokenizer or processor of transformers. Raises CheckpointError that names the file.
-
-    `positions`: how many tokens its text encoder has places for, where that is a fixed number; pipelines pad every prompt to the tokenizer's length.
-    """
+def check_tokenizer(place: Path, part: str, class_name: str) -> None:
+    """Check the part of a pipeline in `place`, a tokenizer or processor of transformers. Raises CheckpointError that names the file."""
     if not place.is_dir():
         raise CheckpointError(f"{part} is missing", f"model_index.json names the part {part}", INCOMPLETE)
     config: dict[str, Any] = {}
@@ -39,15 +36,25 @@ def check_tokenizer(place: Path, part: str, class_name: str, positions: int | No
         either = ", or ".join(" and ".join(names) for names in wanted)
         raise CheckpointError(f"{part}/{wanted[0][0]} is missing", f"a {class_name} has its vocabulary in {either}", INCOMPLETE)
     _check_names(config, f"{part}/tokenizer_config.json")
-    _check_numbers(config, f"{part}/tokenizer_config.json", positions)
+    _check_numbers(config, f"{part}/tokenizer_config.json")
 
 
-def load_tokenizer(place: Path, class_name: str) -> Any:
-    """The tokenizer or processor in `place`, as diffusers would load it; None for a class that transformers does not have. Raises what it raises."""
+def load_tokenizer(place: Path, class_name: str, positions: int | None) -> Any:
+    """The tokenizer or processor in `place`, as diffusers would load it; None for another class. Raises what transformers raises.
+
+    `positions`: how many tokens its text encoder has places for, if that is a fixed number. No text may be longer: most pipelines pad every prompt to
+    the tokenizer's length, and a tokenizer whose file says none has one of 10^30.
+    """
     import transformers
 
+    kinds = ("PreTrainedTokenizerBase", "ProcessorMixin", "ImageProcessingMixin", "FeatureExtractionMixin")
     cls = getattr(transformers, class_name, None) if class_name.isidentifier() else None
-    return cls.from_pretrained(place, local_files_only=True) if isinstance(cls, type) else None
+    if not isinstance(cls, type) or not issubclass(cls, tuple(getattr(transformers, kind) for kind in kinds)):
+        return None
+    tokenizer = cls.from_pretrained(place, local_files_only=True)
+    if positions is not None and getattr(tokenizer, "model_max_length", 0) > positions:
+        tokenizer.model_max_length = positions
+    return tokenizer
 
 
 def _vocabularies(class_name: str, config: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -98,11 +105,10 @@ def _check_names(config: dict[str, Any], label: str) -> None:
         raise CheckpointError(f"{label} points at {outside[0]!r}", "a tokenizer's files lie in its own folder", "don't load this folder")
 
 
-def _check_numbers(config: dict[str, Any], label: str, positions: int | None) -> None:
+def _check_numbers(config: dict[str, Any], label: str) -> None:
     """Raise CheckpointError for a length that no text has, and for more words made up (`extra_ids`, of T5) than any model has."""
-    length, extra = config.get("model_max_length"), config.get("extra_ids", 0)
-    if length is not None and (type(length) not in (int, float) or not 1 <= length <= (positions or length)):
-        rule = f"its text encoder reads 1 to {positions} tokens" if positions else "it is a number from 1"
-        raise CheckpointError(f"{label}: model_max_length is {str(length)[:40]!r}", rule, INCOMPLETE)
+    length, extra = config.get("model_max_length"), config.get("extra_ids") or 0
+    if length is not None and (type(length) not in (int, float) or length < 1):
+        raise CheckpointError(f"{label}: model_max_length is {str(length)[:40]!r}", "it is a number from 1", INCOMPLETE)
     if type(extra) is not int or not 0 <= extra <= MAX_EXTRA:
         raise CheckpointError(f"{label}: extra_ids is {str(extra)[:40]!r}", f"it is a whole number from 0 to {MAX_EXTRA}", INCOMPLETE)

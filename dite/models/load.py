@@ -142,7 +142,7 @@ def parse_device(device: str | torch.device) -> torch.device:
 
 def _transformers_parts(folder: Path, dtype: torch.dtype | None, sealed: bool) -> dict[str, Any]:
     """The parts that transformers loads: models, each with every tensor that it needs, and tokenizers. Errors name the part."""
-    from dite.checkpoint.encoders import load_encoder
+    from dite.checkpoint.encoders import load_encoder, positions_of
     from dite.checkpoint.index import check_pipeline, kind_of
     from dite.checkpoint.tokenizers import load_tokenizer
 
@@ -153,16 +153,19 @@ def _transformers_parts(folder: Path, dtype: torch.dtype | None, sealed: bool) -
             if kind == "transformers":
                 loaded[name] = load_encoder(folder / name, class_name, dtype, sealed)
             elif kind is None:
-                loaded[name] = load_tokenizer(folder / name, class_name)
-        except DiteError:
+                loaded[name] = load_tokenizer(folder / name, class_name, positions_of(folder, name))
+        except (DiteError, MemoryError):
             raise
+        except ImportError as error:
+            raise UnsupportedEnvironment(f"{name} can't be loaded", _first_line(error), "install what is missing") from error
         except Exception as error:  # whatever transformers raises on files it can't read
             raise CheckpointError(f"{name} can't be loaded", _first_line(error), "copy or download the folder again") from error
     return {name: part for name, part in loaded.items() if part is not None}
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _dtype(dtype: torch.dtype | None) -> dict[str, torch.dtype]:

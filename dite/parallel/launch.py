@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -24,7 +24,10 @@ RENDEZVOUS = "DITE_RENDEZVOUS"
 
 @contextmanager
 def keeping_stdout() -> Iterator[None]:
-    """For the time in which ranks meet: gloo of torch 2.8 says on stdout who is connected, where an answer's JSON belongs. It goes to stderr."""
+    """For the time in which ranks meet: gloo of torch 2.8 says on stdout who is connected, where an answer's JSON belongs. It goes to stderr.
+
+    It is the whole process's stdout, so one thread at a time may do this.
+    """
     try:
         sys.stdout.flush()
         kept = os.dup(1)
@@ -32,12 +35,16 @@ def keeping_stdout() -> Iterator[None]:
         yield
         return
     try:
-        os.dup2(2, 1)
+        with suppress(OSError):  # no stderr
+            os.dup2(2, 1)
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+        try:
+            if sys.platform != "win32":
+                ctypes.CDLL(None).fflush(None)
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def environment_ranks() -> tuple[int, int] | None:

@@ -29,6 +29,7 @@ import torch
 
 import dite
 from dite.errors import DiteError
+from dite_evals.checkpoint_lies import read_text
 from dite_evals.checkpoint_mutants import FOLDER, LINK, PIPE, Content, mutate
 from dite_evals.random_models import tiny_pipeline
 
@@ -110,8 +111,12 @@ class Subject:
             return "same", ""
         if seal == SEALED:
             return "silently wrong", "it loads under the original manifest, and is another model"
+        index = self.folder / "model_index.json"
+        named = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
         for name in changed:
-            if name in found and (why := _disbelieved(self.folder / name, *found[name], anybodys=seal == UNSEALED)):
+            lost = name not in found and named.get(name) != [None, None]
+            why = "it is not there" if lost else _disbelieved(self.folder / name, *found[name], anybodys=seal == UNSEALED) if name in found else ""
+            if why:
                 return "silently wrong", f"{name or 'the model'}: {why}"
         return "other", ""
 
@@ -189,39 +194,66 @@ def _state(part: Any) -> dict[str, torch.Tensor]:
 
 
 def _config(part: Any) -> dict[str, Any]:
-    """What a part does besides its tensors: a configuration of diffusers, a tokenizer's words and rules. Nothing of transformers' own."""
+    """What a part does besides its tensors: a tokenizer's words and rules; what a text encoder makes of a text, as its configuration keeps much that
+    nothing reads, and which of its tensors are others; a configuration of diffusers."""
+    kind = {"class": type(part).__name__}
     if hasattr(part, "backend_tokenizer"):
-        return {"class": type(part).__name__, "words": part.backend_tokenizer.to_str(), "length": part.model_max_length}
+        return kind | {"tokenizer": json.loads(part.backend_tokenizer.to_str()), "length": part.model_max_length}
     stored = getattr(part, "config", {})
-    values = {} if hasattr(stored, "to_diff_dict") else {key: value for key, value in stored.items() if not key.startswith("_")}
     quantization = getattr(stored, "quantization_config", None)
-    values.pop("quantization_config", None)
     layers = quantization if isinstance(quantization, dict) else quantization.to_dict() if quantization is not None else {}
-    return json.loads(json.dumps(values, default=repr)) | {"layers": layers.get("layers", {}), "class": type(part).__name__}
+    kind |= {"layers": layers.get("layers", {})}
+    if hasattr(stored, "to_diff_dict"):
+        try:
+            made = hashlib.sha256(read_text(part).numpy().tobytes()).hexdigest()
+        except (RuntimeError, IndexError) as error:  # fewer words than the text has
+            made = type(error).__name__
+        return kind | {"reads": made, "tied": _tied(part)}
+    values = {key: value for key, value in stored.items() if not key.startswith("_") and key != "quantization_config"}
+    return kind | json.loads(json.dumps(values, default=repr))
+
+
+def _tied(part: torch.nn.Module) -> dict[str, str]:
+    """Names of tensors that lie where another one does, with the other's."""
+    first: dict[tuple[int, Any], str] = {}
+    found = {}
+    for name, tensor in part.state_dict(keep_vars=True).items():
+        owner = first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if owner != name:
+            found |= {name: owner, owner: name}
+    return found
 
 
 def _disbelieved(folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any], anybodys: bool) -> str:
     """How a loaded part differs from what its files say; empty where it does not. Files of `anybodys` may hold more tensors than the model has, as
-    many do, unless we quantized it."""
+    many do, and keys that no model knows, unless we quantized it."""
     from safetensors.torch import load_file
 
-    if not (folder / "config.json").is_file():
-        return ""  # a scheduler or a tokenizer
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "tokenizer" in config:
+        return _other_words(folder, config["tokenizer"])
+    theirs = "reads" in config  # of transformers, whose files lack tied tensors
+    scheduler = folder / "scheduler_config.json"
+    values = json.loads((scheduler if not state and scheduler.is_file() else folder / "config.json").read_text(encoding="utf-8"))
     stored = values.pop("quantization_config", {})
-    theirs = "architectures" in values  # of transformers, whose configurations keep what nothing reads, and whose files lack tied tensors
-    files = load_file(folder / ("model.safetensors" if theirs else "diffusion_pytorch_model.safetensors"))
-    files = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in files.items()}
-    if anybodys and not stored:
-        files = {name: tensor for name, tensor in files.items() if name in state}
-    if theirs:
-        lacking = state.keys() - files.keys()
-        files |= {name: state[name] for name in lacking if any(_bits(state[name]) == _bits(tensor) for tensor in files.values())}
-    if not _equal(state, files):
-        return "its tensors are not its file's"
-    wrong = [key for key, value in values.items() if not theirs and not key.startswith("_") and config.get(key) != value]
+    if state:
+        files = load_file(folder / ("model.safetensors" if theirs else "diffusion_pytorch_model.safetensors"))
+        files = {name: tensor.to(state[name].dtype) if name in state else tensor for name, tensor in files.items()}
+        if anybodys and not stored:
+            files = {name: tensor for name, tensor in files.items() if name in state}
+        if theirs:
+            files |= {name: files[owner] for name, owner in config["tied"].items() if name not in files and owner in files}
+        if not _equal(state, files):
+            return "its tensors are not its file's"
+    said = {key: value for key, value in values.items() if not theirs and not key.startswith("_") and (key in config or stored or not anybodys)}
+    wrong = [key for key, value in said.items() if config.get(key) != value]
     wrong += ["layers"] if stored.get("layers", {}) != config["layers"] else []
-    return f"config.json says otherwise of {wrong[0]}" if wrong else ""
+    return f"its configuration says otherwise of {wrong[0]}" if wrong else ""
+
+
+def _other_words(folder: Path, tokenizer: dict[str, Any]) -> str:
+    path = folder / "tokenizer.json"
+    said = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"] if path.is_file() else None
+    return "" if said == tokenizer["model"]["vocab"] else "its words are not its file's"
 
 
 def _same(ours: tuple | None, theirs: tuple | None) -> bool:

@@ -31,7 +31,8 @@ Path_ = tuple[Any, ...]
 def lies_about(value: Any) -> dict[str, Any]:
     """What is claimed instead of `value`, by name."""
     wrong_type = [] if isinstance(value, str) or value is None else "x"
-    return {"0": 0, "-1": -1, "2^31": 2**31, "2^63": 2**63, "wrong type": wrong_type, "missing": ..., "extra": ADDED, "duplicated": TWICE}
+    null = {} if value is None else {"null": None}
+    return null | {"0": 0, "-1": -1, "2^31": 2**31, "2^63": 2**63, "wrong type": wrong_type, "missing": ..., "extra": ADDED, "duplicated": TWICE}
 
 
 def fields(values: Any, path: Path_ = ()) -> Iterator[Path_]:
@@ -96,7 +97,8 @@ class Liar:
             if name != MANIFEST:
                 self._reseal(name)
             found = facts(dite.load(self.folder))
-            harmless = lie == HARMLESS.get((name, ".".join(map(str, path))), ...)
+            place = (name, ".".join(map(str, path)))
+            harmless = place in HARMLESS and lie == HARMLESS[place]
             return ("same" if harmless or same(found, self.truth) else "other"), ""
         except DiteError as error:
             return "refused", f"{error.what}: {error.why}"
@@ -123,7 +125,7 @@ def _facts(part: Any) -> tuple[dict[str, torch.Tensor], Any]:
     if hasattr(part, "backend_tokenizer"):
         config |= {"tokenizer": part.backend_tokenizer.to_str(), "length": min(part.model_max_length, NO_LIMIT), "special": part.special_tokens_map}
     elif hasattr(getattr(part, "config", None), "to_diff_dict"):  # a text encoder's configuration keeps what nothing reads, so it is asked to read
-        tensors["\0output"] = _read(part)
+        tensors["\0output"] = read_text(part)
     else:
         config |= {key: value for key, value in getattr(part, "config", {}).items() if not key.startswith("_")}
         stored = config.pop("quantization_config", None)
@@ -132,7 +134,7 @@ def _facts(part: Any) -> tuple[dict[str, torch.Tensor], Any]:
 
 
 @torch.no_grad()
-def _read(encoder: Any) -> torch.Tensor:
+def read_text(encoder: Any) -> torch.Tensor:
     """All numbers that a text encoder makes of a text with an end and padding, in one row."""
     output = encoder(torch.tensor([[0, 5, 7, 9, 1, 1, 1]]), output_hidden_states=True)
     found = [one for value in output.values() for one in (value if isinstance(value, tuple) else [value])]

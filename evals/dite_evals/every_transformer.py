@@ -96,7 +96,7 @@ def small_model(cls: type[nn.Module], most_parameters: int = 200_000_000) -> Any
         model = cls(**arguments).eval()
     finally:
         torch.use_deterministic_algorithms(before)
-    for parameter in model.parameters():
-        if not parameter.isfinite().all():
-            nn.init.normal_(parameter, std=0.02)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            nn.init.normal_(tensor, std=0.02)
     return model

@@ -50,3 +50,9 @@ def test_every_lie_about_the_manifest_is_refused_by_its_name(liar):
 def test_a_loader_that_believed_everything_would_be_found_out(liar, monkeypatch):
     monkeypatch.setattr("dite.checkpoint.structure.check_fields", lambda *_: None)
     assert liar.tell("scheduler/scheduler_config.json", ("beta_end",), 0)[0] == "other"
+
+
+def test_a_loader_that_made_up_what_is_missing_would_be_found_out(liar, monkeypatch):
+    monkeypatch.setattr("dite.checkpoint.structure.check_fields", lambda *_: None)
+    assert liar.tell("scheduler/scheduler_config.json", ("beta_end",), 0.5)[0] == "other"
+    assert liar.tell("scheduler/scheduler_config.json", ("clip_sample",), ...)[0] == "other"

@@ -11,7 +11,7 @@ import transformers
 import dite
 from dite.checkpoint.format import MANIFEST
 from dite.checkpoint.tokenizers import check_tokenizer
-from dite.errors import CheckpointError
+from dite.errors import CheckpointError, UnsupportedEnvironment
 from tests.checkpoint.hostile.spoil import edit, replace_text, reseal
 from tests.checkpoint.hostile.watch import deadline
 from tests.text.pipelines import PIPELINES
@@ -66,12 +66,27 @@ def test_a_damaged_tokenizer_is_refused_by_file(name, folder, seal):
         dite.load(folder)
 
 
-def test_a_text_is_never_padded_to_more_than_its_clip_reads(seal, tmp_path):
-    """Pipelines pad to the tokenizer's length: with 2^31 the first prompt would take all memory."""
-    folder = dite.save(PIPELINES["sd3"](), tmp_path / "q")
-    edit(folder / "tokenizer_2/tokenizer_config.json", lambda config: config.update(model_max_length=17))
+@pytest.mark.parametrize("length", [17, 2**31, None])
+def test_a_text_is_never_padded_to_more_than_its_clip_reads(length, seal, tmp_path):
+    """Pipelines pad to the tokenizer's length: with 2^31, or without one, the first prompt would take all memory."""
+    pipe = PIPELINES["sd3"]()
+    pipe.tokenizer_2.model_max_length = length or 16
+    folder = dite.save(pipe, tmp_path / "q")
+    if length is None:
+        edit(folder / "tokenizer_2/tokenizer_config.json", lambda config: config.pop("model_max_length"))
     seal(folder)
-    with pytest.raises(CheckpointError, match=r"tokenizer_2/tokenizer_config.json: model_max_length is '17'(?s:.*)reads 1 to 16"):
+    loaded = dite.load(folder)
+    assert (loaded.tokenizer.model_max_length, loaded.tokenizer_2.model_max_length) == (16, 16)
+    assert loaded.tokenizer_3.model_max_length > 1000
+
+
+def test_a_tokenizer_that_lacks_a_library_says_which(folder, seal, monkeypatch):
+    def lacking(*_, **__):
+        raise ImportError("\nThis tokenizer requires the sentencepiece library\nsee elsewhere")
+
+    seal(folder)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "from_pretrained", lacking)
+    with pytest.raises(UnsupportedEnvironment, match=r"tokenizer can't be loaded(?s:.*)sentencepiece"):
         dite.load(folder)
 
 

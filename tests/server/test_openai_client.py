@@ -53,7 +53,8 @@ def test_progress_events_do_not_disturb_it(client, served):
     stream = client.images.generate(prompt="cat", stream=True, extra_body={"progress": True})
     *progress, last = [event.type for event in stream]
     assert last == "image_generation.completed" and len(progress) == 2
-    assert set(progress) <= {"dite.progress", None}  # old clients give no name to events that they don't know
+    old = tuple(map(int, openai.__version__.split(".")[:2])) < (2, 0)  # some of them give no name to events that they don't know
+    assert set(progress) <= {"dite.progress", *[None] * old}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -20,7 +20,7 @@ def t5(width: int):
     tokenizer = T5TokenizerFast(tokenizer_object=backend, extra_ids=0)
     torch.manual_seed(2)
     sizes = {"d_model": width, "d_kv": 10, "num_heads": 2, "d_ff": 36, "num_layers": 2}
-    return tokenizer, T5EncoderModel(T5Config(vocab_size=VOCABULARY, feed_forward_proj="gated-gelu", **sizes)).eval()
+    return tokenizer, _with_norms(T5EncoderModel(T5Config(vocab_size=VOCABULARY, feed_forward_proj="gated-gelu", **sizes)).eval())
 
 
 def clip(width: int, seed: int, projected: bool = True):
@@ -42,7 +42,16 @@ def clip(width: int, seed: int, projected: bool = True):
         projection_dim=10, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return tokenizer, (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+    return tokenizer, _with_norms((CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval())
+
+
+def _with_norms(encoder):
+    """Norms are ones and biases zeros before a training, so that one that was lost would be missed by nobody."""
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return encoder
 
 
 def pixart():

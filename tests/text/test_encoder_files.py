@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -148,3 +149,56 @@ def test_what_was_not_spoilt_loads(saved, tmp_path):
     folder = shutil.copytree(saved / "quantized", tmp_path / "model")
     reseal(folder)
     dite.load(folder)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return dite.save(PIPELINES["sd3"](), tmp_path_factory.mktemp("clips") / "sd3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({"eos_token_id": 2, "bos_token_id": 0}, True),  # as old configurations have it
+        ({"eos_token_id": 63, "bos_token_id": 62}, True),
+        ({"eos_token_id": 64}, False),
+        ({"eos_token_id": 0}, False),
+        ({"eos_token_id": -1}, False),
+        ({"eos_token_id": None}, False),  # the class's own is beyond these 64 words
+    ],
+)
+def test_a_clip_that_could_not_find_the_end_of_a_text_is_refused(changes, fits, clips, tmp_path):
+    folder = shutil.copytree(clips, tmp_path / "model")
+    config(**changes)(folder)
+    reseal(folder)
+    if fits:
+        return dite.load(folder)
+    with pytest.raises(CheckpointError, match=r"text_encoder/config.json: eos_token_id is"):
+        dite.load(folder)
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id", "vocab_size", "max_position_embeddings", "dtype"])
+def test_null_in_a_configuration_is_refused_or_harmless_and_never_another_error(key, clips, tmp_path):
+    folder = shutil.copytree(clips, tmp_path / "model")
+    path = folder / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: None}))
+    reseal(folder)
+    with suppress(CheckpointError):
+        dite.load(folder)
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    pipe = PIPELINES["sd3"]()
+    pipe.text_encoder_2.config.eos_token_id = 49407
+    with pytest.raises(CheckpointError, match=r"text_encoder_2.config: eos_token_id is 49407(?s:.*)set pipe.text_encoder_2.config.eos_token_id"):
+        dite.save(pipe, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_quantized_encoder_without_a_dtype_is_refused(saved, tmp_path):
+    """transformers would take the type of the first scale for it."""
+    folder = shutil.copytree(saved / "quantized", tmp_path / "model")
+    config(dtype=None)(folder)
+    reseal(folder)
+    with pytest.raises(CheckpointError, match="dtype is missing"):
+        dite.load(folder)

@@ -26,7 +26,7 @@ def missing_package() -> str | None:
         return None
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST_TRITON and not interpreted():
         why = "before 3.6 it divides with numbers below 1.2e-38 taken as 0, which are other codes than the reference's"
-        return f"it needs triton 3.6 or newer, and {found} is installed: {why}; torch 2.11 brings 3.6"
+        return f"it needs triton 3.6 or newer, and {found} is installed: {why}; torch 2.10 brings 3.6"
     return None
 
 
