@@ -58,7 +58,7 @@ def positions_of(folder: Path, tokenizer: str) -> int | None:
 
 
 def check_end(values: dict[str, Any], label: str, hint: str) -> None:
-    """Raise CheckpointError for a CLIP that looks for the end of a text at a word that can't be there: it would read another place and say nothing."""
+    """Raise CheckpointError for a CLIP that looks for the end of a text at a word that can't be there: it would read elsewhere and say nothing."""
     from transformers import CLIPTextConfig
 
     if values.get("model_type") != "clip_text_model":
