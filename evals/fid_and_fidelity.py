@@ -103,11 +103,17 @@ def picture(rows: list[dict[str, Any]]) -> str:
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 20) * (value - low) / (high - low)
 
     marks = f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{y(0):.1f}" y2="{y(0):.1f}" stroke="#999" stroke-dasharray="4 3"/>'
+    labels: list[tuple[float, float]] = []
     for row, (across, along) in zip(rows, spans, strict=True):
         at, up, ink = x(row["latent_relative_error"]), y(row["fid_difference"]), "#1f5fa8" if row["model"] in RECIPES else "#b3541e"
         marks += f'<g stroke="{ink}" fill="{ink}"><line x1="{at:.1f}" x2="{at:.1f}" y1="{y(along[0]):.1f}" y2="{y(along[1]):.1f}"/>'
         marks += f'<line x1="{x(across[0]):.1f}" x2="{x(across[1]):.1f}" y1="{up:.1f}" y2="{up:.1f}"/><circle cx="{at:.1f}" cy="{up:.1f}" r="3.5"/>'
-        marks += f'<text x="{at:.1f}" y="{y(along[1]) - 6:.1f}" text-anchor="middle" stroke="none">{escape(row["model"])}</text></g>'
+        above = row["model"] in RECIPES
+        label, step = (y(along[1]) - 6, -13) if above else (y(along[0]) + 16, 13)
+        while any(abs(at - other) < 44 and abs(label - height) < 13 for other, height in labels):
+            label += step
+        labels.append((at, label))
+        marks += f'<text x="{at:.1f}" y="{label:.1f}" text-anchor="middle" stroke="none">{escape(row["model"])}</text></g>'
     for value in log_ticks(left, right):
         marks += f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number(value)}</text>'
     for value in ticks(low, high):
