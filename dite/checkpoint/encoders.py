@@ -20,6 +20,7 @@ from dite.checkpoint.strict_json import leaves
 from dite.errors import CheckpointError
 
 AT_LEAST_ONE = ("size", "dim", "heads", "layers", "channels", "distance", "buckets", "positions", "position_embeddings")
+NEVER_NULL = ("_eps", "_epsilon", "hidden_size", "vocab_size", "_layers", "_heads")
 DAMAGED = "copy or download the folder again"
 
 
@@ -36,7 +37,7 @@ def check_encoder(place: Path, file: str, class_name: str, sealed: bool) -> int:
     if sealed:
         _check_fields(cls.config_class, values, file)
         check_end(values, file, DAMAGED)
-    if ours is not None and not {"dtype", "torch_dtype"} & values.keys():
+    if ours is not None and not (values.get("dtype") or values.get("torch_dtype")):
         raise CheckpointError(f"{file}: dtype is missing", "without it the type of the scales would decide what is computed in", DAMAGED)
     with described(file, class_name, len(stored)):
         skeleton = cls(cls.config_class.from_dict({key: value for key, value in values.items() if key != "quantization_config"}))
@@ -158,6 +159,8 @@ def _check_fields(config_class: type, values: dict[str, Any], file: str) -> None
         return
     for key, value in values.items():
         default = defaults.get(key)
+        if default is not None and value is None and key.endswith(NEVER_NULL):
+            raise CheckpointError(f"{file}: {key} is null", "it is a number", DAMAGED)
         if default is None or value is None or key.startswith("_"):
             continue
         wanted, kind = KINDS.get(type(default)), KINDS.get(type(value))
