@@ -16,6 +16,8 @@ from tests.checkpoint.hostile.spoil import edit, replace_text, reseal
 from tests.checkpoint.hostile.watch import deadline
 from tests.text.pipelines import PIPELINES
 
+# Before 5, transformers without protobuf blames every error of a tokenizer on that.
+REFUSED = CheckpointError if int(transformers.__version__.split(".")[0]) >= 5 else (CheckpointError, UnsupportedEnvironment)
 FILE, CONFIG = "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"
 
 
@@ -62,7 +64,7 @@ def test_a_damaged_tokenizer_is_refused_by_file(name, folder, seal):
     file, word, damage = DAMAGE[name]
     damage(folder)
     seal(folder)
-    with pytest.raises(CheckpointError, match=rf"(?s)^{file}.*{word}"):
+    with pytest.raises(REFUSED, match=rf"(?s)^{file}.*{word}"):
         dite.load(folder)
 
 
