@@ -114,7 +114,7 @@ class Subject:
         index = self.folder / "model_index.json"
         named = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
         for name in changed:
-            lost = name not in found and named.get(name) != [None, None]
+            lost = name not in found and named.get(name) not in (None, [None, None])
             why = "it is not there" if lost else _disbelieved(self.folder / name, *found[name], anybodys=seal == UNSEALED) if name in found else ""
             if why:
                 return "silently wrong", f"{name or 'the model'}: {why}"
@@ -252,7 +252,7 @@ def _disbelieved(folder: Path, state: dict[str, torch.Tensor], config: dict[str,
 
 def _other_words(folder: Path, tokenizer: dict[str, Any]) -> str:
     path = folder / "tokenizer.json"
-    said = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"] if path.is_file() else None
+    said = json.loads(path.read_text(encoding="utf-8"), parse_int=float)["model"]["vocab"] if path.is_file() else None  # scores are fp64
     return "" if said == tokenizer["model"]["vocab"] else "its words are not its file's"
 
 
