@@ -97,11 +97,21 @@ class PageServer:
         self.settings = ServerSettings(model="m", name=self.name, api_key=self.api_key, steps=self.steps)
         config = uvicorn.Config(create_app(self), ws="none", lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=0)
         self._server = uvicorn.Server(config)
-        listening = socket.create_server(("127.0.0.1", self.port))
+        listening = self._listening(time.monotonic() + 20)
         self.port = listening.getsockname()[1]
         self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
         self._thread.start()
         return self
+
+    def _listening(self, deadline: float) -> socket.socket:
+        """Between two starts somebody's connection may have been given the port for a while."""
+        while True:
+            try:
+                return socket.create_server(("127.0.0.1", self.port))
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def stop(self) -> None:
         """Close the port, and every connection."""
