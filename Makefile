@@ -82,7 +82,7 @@ chaos: $(READY)
 	$(BIN)/python evals/save_faults.py --out docs/results/save-faults.json
 	$(BIN)/python evals/checkpoint_lies.py --out docs/results/checkpoint-lies.json
 	$(BIN)/python evals/checkpoint_fuzz.py --cases 200000 --out docs/results/checkpoint-fuzz.json
-	$(BIN)/python evals/checkpoint_fuzz.py --subject text --cases 20000 --deep 1 --out docs/results/checkpoint-fuzz-text.json
+	$(BIN)/python evals/checkpoint_fuzz.py --subject text --cases 10000 --deep 1 --out docs/results/checkpoint-fuzz-text.json
 
 clean:
 	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis

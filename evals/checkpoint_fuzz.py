@@ -1,7 +1,7 @@
 """Spoil a saved model many times over and load it: as data. See dite_evals/checkpoint_fuzz.py for what counts as a failure.
 
     python evals/checkpoint_fuzz.py --cases 200000 --out docs/results/checkpoint-fuzz.json
-    python evals/checkpoint_fuzz.py --subject text --cases 20000 --deep 1 --out docs/results/checkpoint-fuzz-text.json
+    python evals/checkpoint_fuzz.py --subject text --cases 10000 --deep 1 --out docs/results/checkpoint-fuzz-text.json
 
 The subject is a bare transformer, or a pipeline with a T5 that is quantized too, and its tokenizer.
 
