@@ -141,3 +141,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: in Python, in torch or the libraries below it, or on a card."""
     said = str(error).casefold().strip()
     return isinstance(error, MemoryError) or said == NO_PRIMITIVE or any(words in said for words in MEMORY_WORDS)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says that says anything; its type's name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

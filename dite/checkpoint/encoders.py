@@ -17,7 +17,7 @@ from dite.checkpoint.header import numel, stored_tensors
 from dite.checkpoint.index import check_values
 from dite.checkpoint.skeleton import REFUSED, check_tables, described
 from dite.checkpoint.strict_json import leaves
-from dite.errors import CheckpointError
+from dite.errors import CheckpointError, first_line
 
 AT_LEAST_ONE = ("size", "dim", "heads", "layers", "channels", "distance", "buckets", "positions", "position_embeddings")
 NEVER_NULL = ("_eps", "_epsilon", "hidden_size", "vocab_size", "_layers", "_heads")
@@ -134,7 +134,7 @@ def _our_config(values: dict[str, Any], file: str) -> DiteConfig | None:
     try:
         config = DiteConfig.from_dict(stored)
     except (CheckpointError, ValidationError, TypeError) as error:
-        why = error.why if isinstance(error, CheckpointError) else str(error).splitlines()[0]
+        why = error.why if isinstance(error, CheckpointError) else first_line(error)
         raise CheckpointError(f"{file}: quantization_config can't be read", why, "is config.json damaged?") from error
     for name, scheme in config.plan.layers.items():
         if scheme.activation is not None or scheme.rank or scheme.transform.kind != "none":

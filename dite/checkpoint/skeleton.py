@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
 from dite.checkpoint.header import numel
-from dite.errors import CheckpointError
+from dite.errors import CheckpointError, first_line
 
 BASE_MODULES, MODULES_A_TENSOR = 1_000, 20
 BASE_TABLE_BYTES = 64 * 2**20
@@ -29,8 +29,7 @@ def described(file: str, class_name: str, tensors: int) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # whatever a model's constructor raises on numbers that don't fit each other
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{file} describes no {class_name}", f"{type(error).__name__}: {reason}", "is the file damaged?") from error
+        raise CheckpointError(f"{file} describes no {class_name}", f"{type(error).__name__}: {first_line(error)}", "is the file damaged?") from error
     finally:
         torch.set_default_dtype(default)
 

@@ -73,6 +73,7 @@ def _subject(model: str) -> Subject:
     from dite.models.access import denoisers, the_denoiser
     from dite.models.digest import dtype_name, model_digest
     from dite.models.load import load_pipeline
+    from dite.quant.apply import state_bytes
     from dite_evals.model_report import Subject
 
     pipe = load_pipeline(model)
@@ -80,7 +81,7 @@ def _subject(model: str) -> Subject:
     inspected = dite.inspect(pipe).to_dict()
     plan = next(filter(None, map(search_plan_of, parts.values())), None)
     recipe = next(filter(None, map(recipe_of, parts.values())), None)
-    size = sum(tensor.numel() * tensor.element_size() for part in parts.values() for tensor in part.state_dict().values())
+    size = sum(map(state_bytes, parts.values()))
     own = model_digest(pipe)
 
     @cache

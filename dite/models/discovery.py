@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dite.errors import UnsupportedModel, UsageError
+from dite.errors import UnsupportedModel, UsageError, first_line
 from dite.quant.apply import quantizable_dtype
 from dite.quant.linear import QuantLinear
 
@@ -145,7 +145,7 @@ def observe_kinds(model: nn.Module, linears: Mapping[str, nn.Module], example_in
     try:
         model.eval()(**example_inputs)
     except Exception as error:  # a model may fail in any way on inputs that don't fit it
-        return {}, f"structure (the example forward failed: {(str(error) or type(error).__name__).splitlines()[0]})"
+        return {}, f"structure (the example forward failed: {first_line(error)})"
     finally:
         for module, training in modes.items():
             module.training = training

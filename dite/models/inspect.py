@@ -12,7 +12,7 @@ from dite.models.access import text_encoders, the_denoiser
 from dite.models.discovery import Discovery, discover
 from dite.models.families import example_inputs
 from dite.models.planning import baseline_bytes, make_plan
-from dite.quant.apply import quantized_layers
+from dite.quant.apply import quantized_layers, state_bytes
 from dite.quant.linear import QuantLinear, select_backend
 from dite.quant.plan import QuantPlan
 from dite.recipe import load_recipe, recipe_names
@@ -95,11 +95,11 @@ def stats(model: Any) -> dict[str, Any]:
     transformer = the_denoiser(model)
     layers = quantized_layers(transformer)
     backends = Counter(select_backend(layer.spec, layer.scale.device, layer.backend).name for layer in layers.values())
-    return {"bytes": _bytes(transformer), "layers": _widths(transformer), "backends": dict(backends)}
+    return {"bytes": state_bytes(transformer), "layers": _widths(transformer), "backends": dict(backends)}
 
 
 def _encoder(model: torch.nn.Module) -> dict[str, Any]:
-    return {"class": type(model).__name__, "parameters": _parameters(model), "bytes": _bytes(model), "layers": _widths(model)}
+    return {"class": type(model).__name__, "parameters": _parameters(model), "bytes": state_bytes(model), "layers": _widths(model)}
 
 
 def _supports(model: Any, refusal: str | None) -> dict[str, dict[str, Any]]:
@@ -146,11 +146,6 @@ def _seconds(model: torch.nn.Module, plan: QuantPlan) -> float:
     QuantLinear.from_linear(model.get_submodule(layer.name), layer.scheme, layer.name)
     elapsed = time.perf_counter() - started
     return elapsed * sum(other.in_features * other.out_features for other in plan.layers) / (layer.in_features * layer.out_features)
-
-
-def _bytes(model: torch.nn.Module) -> int:
-    held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied ones once
-    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
 def _widths(model: torch.nn.Module) -> dict[str, int]:

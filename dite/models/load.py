@@ -10,7 +10,7 @@ import torch
 
 from dite.checkpoint.format import check_folder
 from dite.checkpoint.header import read_header, visible
-from dite.errors import CheckpointError, DiteError, UnsupportedEnvironment, UsageError
+from dite.errors import CheckpointError, DiteError, UnsupportedEnvironment, UsageError, first_line, is_out_of_memory
 from dite.models.builtin import builtin_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,10 +79,12 @@ def from_pretrained(source: Path | str, dtype: torch.dtype | None = None, sealed
     except DiteError:
         raise
     except Exception as error:  # whatever diffusers raises on a folder it can't read
+        if is_out_of_memory(error):
+            raise DiteError(f"not enough memory to load {source}", first_line(error), "close other programs, or give it more memory") from error
         hint = "is the folder complete, and made by diffusers' save_pretrained or dite.save?"
         if not isinstance(source, Path):
             hint = "check the name and the connection to the hub, or give a folder that was downloaded before"
-        raise CheckpointError(f"can't load {source}", _first_line(error), hint) from error
+        raise CheckpointError(f"can't load {source}", first_line(error), hint) from error
     finally:
         torch.set_default_dtype(default)  # diffusers leaves it changed when a model's constructor raises
 
@@ -154,18 +156,15 @@ def _transformers_parts(folder: Path, dtype: torch.dtype | None, sealed: bool) -
                 loaded[name] = load_encoder(folder / name, class_name, dtype, sealed)
             elif kind is None:
                 loaded[name] = load_tokenizer(folder / name, class_name, positions_of(folder, name))
-        except (DiteError, MemoryError):
+        except DiteError:
             raise
         except ImportError as error:
-            raise UnsupportedEnvironment(f"{name} can't be loaded", _first_line(error), "install what is missing") from error
+            raise UnsupportedEnvironment(f"{name} can't be loaded", first_line(error), "install what is missing") from error
         except Exception as error:  # whatever transformers raises on files it can't read
-            raise CheckpointError(f"{name} can't be loaded", _first_line(error), "copy or download the folder again") from error
+            if is_out_of_memory(error):
+                raise
+            raise CheckpointError(f"{name} can't be loaded", first_line(error), "copy or download the folder again") from error
     return {name: part for name, part in loaded.items() if part is not None}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _dtype(dtype: torch.dtype | None) -> dict[str, torch.dtype]:

@@ -23,7 +23,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from dite.errors import ExchangeCorrupted, RankLost, UsageError
+from dite.errors import ExchangeCorrupted, RankLost, UsageError, first_line
 from dite.parallel.launch import RENDEZVOUS, environment_ranks, keeping_stdout
 
 TIMEOUT_S = 60.0
@@ -272,5 +272,4 @@ def _opened(text: bytes) -> bytes:
 
 
 def _first_line(error: BaseException) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return said.split(". This is typically")[0][:300]  # gloo goes on with advice
+    return first_line(error).split(". This is typically")[0][:300]  # gloo goes on with advice

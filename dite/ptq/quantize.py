@@ -14,7 +14,7 @@ from dite.ptq.calibrated import calibrated_
 from dite.ptq.memory import explained_memory, peak_memory_bytes
 from dite.ptq.plan_document import layer_facts, linears_digest
 from dite.ptq.text_encoders import plan_text_encoders, quantize_text_encoders_
-from dite.quant.apply import Progress, check_weights, quantize_linears_
+from dite.quant.apply import Progress, check_weights, quantize_linears_, state_bytes
 from dite.quant.plan import QuantPlan
 from dite.recipe import QuantRecipe, load_recipe
 from dite.sampling import takes_classes
@@ -124,7 +124,7 @@ def quantize(
         prefix = _prefix(name, found)
         layers += [layer_facts(prefix, layer) | {"error_of": error_of} for layer in plans[name].layers]
         skipped |= {prefix + layer: reason for layer, reason in plans[name].skipped.items()}
-    size = sum(tensor.numel() * tensor.element_size() for part in found.values() for tensor in part.state_dict().values())
+    size = sum(map(state_bytes, found.values()))
     narrow = sum(one.estimated_bytes for one in plans.values())
     first, *others = plans.values()
     unmatched = tuple(pattern for pattern in first.unmatched if all(pattern in other.unmatched for other in others))

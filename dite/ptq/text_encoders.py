@@ -11,7 +11,7 @@ from dite.errors import QuantizationError, UsageError
 from dite.models.access import text_encoders, unwrap
 from dite.models.discovery import discover
 from dite.models.planning import baseline_bytes, refuse_quantized
-from dite.quant.apply import Progress, check_weights, quantize_linears_
+from dite.quant.apply import Progress, check_weights, quantize_linears_, state_bytes
 from dite.quant.lora import refuse_adapters
 from dite.quant.plan import LayerPlan, QuantPlan
 from dite.quant.scheme import LayerScheme, WeightScheme
@@ -59,8 +59,7 @@ def quantize_text_encoders_(planned: list[TextEncoder], progress: Progress | Non
         before = baseline_bytes(one.model)
         quantize_linears_(one.model, one.plan, progress and (lambda what, done, total, name=one.name: progress(f"{name}: {what}", done, total)))
         mark_text_encoder_(one.model, one.plan)
-        held = {id(tensor): tensor.numel() * tensor.element_size() for tensor in one.model.state_dict(keep_vars=True).values()}
-        facts[one.name] = {"layers": len(one.plan.layers), "baseline_bytes": before, "bytes": sum(held.values())}
+        facts[one.name] = {"layers": len(one.plan.layers), "baseline_bytes": before, "bytes": state_bytes(one.model)}
     return facts
 
 

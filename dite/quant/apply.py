@@ -68,6 +68,12 @@ def insert_empty_layers_(model: nn.Module, layers: Mapping[str, LayerScheme], de
         replace_(model, name, QuantLinear(linear.in_features, linear.out_features, scheme, linear.bias is not None, device=device, dtype=dtype))
 
 
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors of a model's state dict, tied ones once."""
+    held = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """Every quantized linear of `model`, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}

@@ -11,7 +11,7 @@ import transformers
 import dite
 from dite.checkpoint.format import MANIFEST
 from dite.checkpoint.tokenizers import check_tokenizer
-from dite.errors import CheckpointError, UnsupportedEnvironment
+from dite.errors import CheckpointError, DiteError, UnsupportedEnvironment
 from tests.checkpoint.hostile.spoil import edit, replace_text, reseal
 from tests.checkpoint.hostile.watch import deadline
 from tests.text.pipelines import PIPELINES
@@ -161,3 +161,14 @@ def test_a_vocabulary_of_twenty_megabytes_and_any_words_is_read(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {10**30}}}')
     assert (tmp_path / "tokenizer.json").stat().st_size > 20e6
     check_tokenizer(tmp_path, "tokenizer", "T5TokenizerFast")
+
+
+def test_memory_that_runs_out_is_not_the_folders_fault(folder, seal, monkeypatch):
+    def starved(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    seal(folder)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "from_pretrained", starved)
+    with pytest.raises(DiteError, match="not enough memory to load") as error:
+        dite.load(folder)
+    assert not isinstance(error.value, CheckpointError)
